@@ -663,7 +663,6 @@ class Reply(NamedTuple):
     refusal: bool = False
     model: str = ""
     logprobs: Optional[dict] = None
-    wait_s: float = 0.0
 
     @property
     def cut(self):
@@ -849,10 +848,6 @@ class Run:
             if entry not in self.degraded:
                 self.degraded.append(entry)
                 self.emit("degraded", **entry)
-
-    def remaining(self):
-        """Seconds until the deadline, at least 0."""
-        return max(0.0, self.deadline - self.clock())
 
     def check(self):
         """Raise Cancelled or LimitError when the run may not go on."""
@@ -1727,7 +1722,7 @@ class Network:
             connection.sock.plain.close()
 
     def tls(self):
-        """Return the one TLS context, made when it is first needed: loading the CA store is slow."""
+        """Return the one TLS context, made when first needed: loading the CA store is slow."""
         with self.lock:
             if self.context is None:
                 try:
@@ -1750,7 +1745,7 @@ class Network:
             return known
         if backend.url not in self.lists:
             try:
-                self.lists[backend.url] = get_models(self, backend)
+                self.lists[backend.url] = get_models(self, backend, seconds=2.0)
             except FusionError:
                 self.lists[backend.url] = []
         owners = {str(model.get("owned_by")).lower() for model in self.lists[backend.url]}
@@ -2239,6 +2234,9 @@ class Assembler:
                       for _, call in sorted(self.calls.items()) if call["name"])
         refusal = self.refused or self.finish == "content_filter"
         usage = self.usage or Usage(estimated=True)
+        if self.finish == "error":
+            raise CallError("the backend gave up in mid-answer", retryable=True, accepted=True,
+                            usage=self.usage)
         if not answer.strip() and not calls and not refusal:
             raise self.empty(thoughts)
         finish = {"max_tokens": "length"}.get(self.finish, self.finish or "stop")
@@ -2338,8 +2336,8 @@ def error_words(value):
     return str(value), None, None
 
 
-OVERFLOW = re.compile(r"context.?(length|size|window)|maximum context|exceed_context|too many tokens"
-                      r"|prompt is too long", re.IGNORECASE)
+OVERFLOW = re.compile(r"context.?(length|size|window)|maximum context|exceed_context|"
+                      r"too many tokens|prompt is too long", re.IGNORECASE)
 NO_MODEL = re.compile(r"model.{0,80}(not found|not exist|no such|invalid|unknown|not a valid)|"
                       r"(not a valid|invalid|unknown|no such) model|no endpoints found",
                       re.IGNORECASE | re.DOTALL)
@@ -2565,7 +2563,6 @@ class Call:
         self.relayed = relayed
         self.params = params
         self.lessons = run.network.learnt(member)
-        self.price = run.network.price(member, run.config)
         self.started = run.clock()
         self.deadline = min(run.deadline, self.started + run.config.member_timeout_s)
         self.attempts = 0
@@ -2575,9 +2572,13 @@ class Call:
         self.sources = set()
         self.deltas = 0
 
+    @property
+    def price(self):
+        """The member's Price, or None; asked when it is needed, since a backend may be asked."""
+        return self.run.network.price(self.member, self.run.config)
+
     def answer(self):
-        """Return the Reply of the first attempt that succeeds. Raises CallError, LimitError,
-        Cancelled."""
+        """Return the Reply of the first attempt that succeeds, and record them all."""
         status = "failed"
         try:
             while True:
@@ -2650,12 +2651,13 @@ class Call:
         """Set the worst case of one attempt aside; a price that is unknown cannot be."""
         if self.run.ledger.ceiling is None:
             return 0.0
-        if self.price is None:
+        price = self.price
+        if price is None:
             raise price_unknown_error(self.member)
         cap = body.get("max_tokens") or body.get("max_completion_tokens") or \
             self.run.config.max_tokens
         worst = Usage(prompt_tokens(body["messages"]), cap)
-        return self.run.ledger.reserve(cost_of(worst, self.price), self.member.name)
+        return self.run.ledger.reserve(cost_of(worst, price), self.member.name)
 
     def exchange(self, body, assembler):
         """Send one request and return the Reply. Raises CallError or Cancelled."""
@@ -2689,14 +2691,15 @@ class Call:
         if not exact:
             usage = Usage(prompt_tokens(body["messages"], 4), assembler.received() // 4,
                           estimated=True)
+        price = None if usage.cost is not None else self.price
         if usage.cost is not None:
             cost, source = usage.cost, "reported"
-        elif self.price is not None:
-            cost = cost_of(usage, self.price)
-            source = self.price.source if exact or self.price is LOCAL_PRICE else "estimated"
+        elif price is not None:
+            cost = cost_of(usage, price)
+            source = price.source if exact or price is LOCAL_PRICE else "estimated"
         else:
             cost, source = None, "unknown"
-        self.sources.add("table" if source == "config" else source)
+        self.sources.add(source)
         self.usage = Usage(self.usage.prompt + usage.prompt,
                            self.usage.completion + usage.completion,
                            self.usage.cached + usage.cached,
@@ -2784,8 +2787,10 @@ TOOL_RESULT = 20_000        # characters of one tool result that a model sees
 
 
 class Tool(NamedTuple):
-    """Something a model may call: `parameters` is its JSON schema, `use(arguments, run)` runs it
-    and returns the text of its result."""
+    """Something a model may call.
+
+    `parameters` is its JSON schema; `use(arguments, run)` runs it and returns text.
+    """
 
     name: str
     description: str
@@ -2856,22 +2861,21 @@ def converse(run, member, messages, registry=None, turns=TOOL_TURNS, **options):
 
 # What still happens when something fails, and the code under which the receipt says so:
 #
-# | what fails                                | what still happens             | code               |
-# |-------------------------------------------|--------------------------------|--------------------|
-# | a member, after its retries; a spare      | the others go on               | member_failed      |
-# |   takes its place                         |                                |                    |
-# | a member that is late after quorum and    | it is cut off                  | member_late        |
-# |   grace, at the deadline, or by Ctrl-C    |                                |                    |
-# | all members                               | an error, no answer made up    | panel_failed       |
-# | all but one                               | judged and synthesized as ever | panel_thin         |
-# | the judge                                 | synthesis from raw drafts      | judge_failed       |
-# | parts of the judge's JSON                 | what is valid is used          | judge_repaired     |
-# | the synthesizer before its first word     | the next one, then best_draft, | synthesizer_failed |
-# |                                           |   then the longest whole draft |                    |
-# | the synthesizer after its first word      | the stream ends as an error    | stream_cut         |
-# | refine: worse, or no answer               | the unrefined answer           | refine_rejected    |
-# | the budget                                | less of everything, then error | budget_cut         |
-# | tools that are asked for and not there    | members answer without         | tools_missing      |
+# | what fails                            | what still happens                | code               |
+# |---------------------------------------|-----------------------------------|--------------------|
+# | a member, after retries and a spare   | the others go on                  | member_failed      |
+# | a member late after quorum and grace, | it is cut off                     | member_late        |
+# |   at the deadline, or at Ctrl-C       |                                   |                    |
+# | all members                           | an error; no answer is made up    | panel_failed       |
+# | all but one                           | judged and synthesized as ever    | panel_thin         |
+# | the judge                             | synthesis from raw drafts         | judge_failed       |
+# | parts of the judge's JSON             | what is valid is used             | judge_repaired     |
+# | the synthesizer before its first word | the next one, best_draft, or the  | synthesizer_failed |
+# |                                       |   longest whole draft             |                    |
+# | the synthesizer after its first word  | the stream ends as an error       | stream_cut         |
+# | refine: no answer, or a worse one     | the unrefined answer              | refine_rejected    |
+# | the budget                            | less of everything, then an error | budget_cut         |
+# | tools asked for that are not there     | members answer without            | tools_missing      |
 #
 # From transport come price_unknown, usage_estimated and rewritten.
 
@@ -2960,7 +2964,7 @@ is wrong and add what is missing. Do not mention the drafts.\
 
 LENS_PROMPT = "Look at it from this perspective: {lens}"
 
-VOTE_PROMPT = "End with one line `Answer: X`, where X is the final answer alone, as short as it gets."
+VOTE_PROMPT = "End with one line `Answer: X`, where X is the final answer alone, in brief."
 
 REFUSAL = re.compile(
     r"\W*(i'm|i am|we're|we are)\s+(sorry|unable|not able)\b|\W*sorry,|"
@@ -3275,12 +3279,14 @@ def judge(config, messages, drafts, run):
 
 
 def ask_judge(config, messages, prompt, run, cap):
+    """Return the judge's Reply to one more message after the client's."""
     return complete(run, config.judge, list(messages) + [user(prompt)], role="judge",
                     temperature=config.judge.temperature or 0, max_tokens=cap,
                     response_format=ANALYSIS_FORMAT)
 
 
 def judge_failed(config, run, why):
+    """Note why there is no analysis; returns None, which stands for it."""
     run.degrade("judge_failed", "judge", config.judge.name, why)
     run.emit("stage", stage="judge", state="failed", model=config.judge.name, reason=why)
 
@@ -3646,16 +3652,16 @@ def receipt_of(config, run, author, drafts, analysis, why):
     """Return the `fusion` block of a response: who ran, what it cost, what degraded."""
     records = list(run.ledger.records)
     spending = add_up(records)
-    voted = config.mode == "fuse" and not any(record.role == "synth" for record in records)
+    roles = {record.role for record in records}
+    voted = config.vote and author and config.mode == "fuse" and "synth" not in roles
     answered = sorted((slot for draft in drafts for slot in draft.slots), key=lambda slot: slot[0])
     asked = panel_slots(config) if config.mode == "fuse" else []
-    judged = any(record.role == "judge" for record in records)
     timing = dict(run.timing, total=run.clock() - run.started)
     return {
-        "config": config.source, "mode": "vote" if voted and config.vote and author else config.mode,
+        "config": config.source, "mode": "vote" if voted else config.mode,
         "mode_reason": why, "panel_models": [slot.name for slot in asked],
         "panel_succeeded": [slot.name for slot in answered],
-        "judge": config.judge.name if judged else None, "synthesizer": author,
+        "judge": config.judge.name if "judge" in roles else None, "synthesizer": author,
         "cost_usd": spending.cost_usd, "cost_source": spending.source,
         "cost_breakdown": [{
             "model": record.model, "role": record.role, "prompt_tokens": record.usage.prompt,
@@ -3674,6 +3680,7 @@ def receipt_of(config, run, author, drafts, analysis, why):
 # [09] fake: the key-free backend, a real HTTP server on loopback
 # ---------------------------------------------------------------------------------------------
 
+FAKE_PAUSE_S = 0.003        # between two pieces of a stream, so that there is something to see
 FAKE_MODELS = ("fake/owl", "fake/fox", "fake/heron")
 FAKE_ADVICE = (
     "Start from what can be checked.", "The exceptions matter more than the rule.",
@@ -3707,7 +3714,7 @@ def fake_answer(body):
 def fake_draft(body, question, drafts):
     """Return a member's draft; model, question, temperature and earlier drafts all show in it."""
     import zlib
-    mood = zlib.crc32(("%s|%s|%s" % (body.get("model"), question, body.get("temperature"))).encode())
+    mood = zlib.crc32(json.dumps([body.get("model"), question, body.get("temperature")]).encode())
     seen = " I have seen drafts %s." % ", ".join(letter for letter, _ in drafts) if drafts else ""
     return ("[fake] No model was asked: this draft comes from the fake backend, as %s.\n\n"
             "The question was: %s\n\nThere is more than one way to look at it. %s "
@@ -3774,82 +3781,89 @@ def fake_reply(body):
     return re.findall(r"\S*\s*\S*\s*\S+\s*|\s+", text), "length" if cut else "stop", usage
 
 
-def make_fake_server(port=0, pause_s=0.003):
-    """Return a listening HTTP server of the fake models on 127.0.0.1; call serve_forever on it.
+def fake_get(handler):
+    """Answer GET: the list of the fake models, or 404."""
+    models = [{"id": name, "object": "model", "created": 0, "owned_by": "fusion-fake"}
+              for name in FAKE_MODELS]
+    if handler.path.split("?")[0].rstrip("/") in ("/v1/models", "/models"):
+        fake_send(handler, {"object": "list", "data": models})
+    else:
+        fake_refuse(handler, 404, "there is nothing at %s" % handler.path)
 
-    `pause_s` is the time between two pieces of a stream, so that there is something to see.
-    """
+
+def fake_post(handler):
+    """Answer POST: a chat completion, streamed or whole, or an error in OpenAI's shape."""
+    length = handler.headers.get("Content-Length", "")
+    raw = handler.rfile.read(int(length)) if length.isdigit() else b""
+    if not handler.path.split("?")[0].rstrip("/").endswith("/chat/completions"):
+        fake_refuse(handler, 404, "there is nothing at %s" % handler.path)
+        return
+    try:
+        body = json.loads(raw)
+        pieces, finish, usage = fake_reply(body)
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+        fake_refuse(handler, 400, "not a chat request: %s" % error)
+        return
+    head = {"id": new_id("fake-"), "created": int(time.time()), "model": body.get("model")}
+    time.sleep(FAKE_PAUSE_S * 10 * (1 + len(str(body.get("model"))) % 4))
+    if body.get("stream"):
+        fake_stream(handler, head, pieces, finish, usage)
+        return
+    message = {"role": "assistant", "content": "".join(pieces)}
+    fake_send(handler, dict(head, object="chat.completion", usage=usage, choices=[
+        {"index": 0, "message": message, "finish_reason": finish}]))
+
+
+def fake_stream(handler, head, pieces, finish, usage):
+    """Send an answer as a stream of events."""
+    handler.send_response(200)
+    handler.send_header("Content-Type", "text/event-stream")
+    handler.send_header("Transfer-Encoding", "chunked")
+    handler.end_headers()
+
+    def send(data):
+        handler.wfile.write(b"%x\r\ndata: %s\n\n\r\n" % (len(data) + 8, data))
+
+    def event(**fields):
+        send(json.dumps(dict(head, object="chat.completion.chunk", **fields)).encode())
+
+    for piece in pieces:
+        event(choices=[{"index": 0, "delta": {"content": piece}, "finish_reason": None}])
+        time.sleep(FAKE_PAUSE_S)
+    event(choices=[{"index": 0, "delta": {}, "finish_reason": finish}])
+    event(choices=[], usage=usage)
+    send(b"[DONE]")
+    handler.wfile.write(b"0\r\n\r\n")
+
+
+def fake_refuse(handler, status, message):
+    """Send an error in OpenAI's shape."""
+    fake_send(handler, {"error": {"message": message, "type": "invalid_request_error",
+                                  "param": None, "code": None}}, status)
+
+
+def fake_send(handler, payload, status=200):
+    """Send a JSON object."""
+    data = json.dumps(payload).encode()
+    handler.send_response(status)
+    handler.send_header("Content-Type", "application/json")
+    handler.send_header("Content-Length", str(len(data)))
+    handler.end_headers()
+    handler.wfile.write(data)
+
+
+def make_fake_server(port=0):
+    """Return a listening HTTP server of the fake models on 127.0.0.1; call serve_forever on it."""
     from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
     class FakeHandler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
         server_version, sys_version = "fusion-fake", ""
         disable_nagle_algorithm = True
+        do_GET, do_POST = fake_get, fake_post
 
         def log_message(self, *args):
             pass
-
-        def do_GET(self):
-            models = [{"id": name, "object": "model", "created": 0, "owned_by": "fusion-fake"}
-                      for name in FAKE_MODELS]
-            if self.path.split("?")[0].rstrip("/") in ("/v1/models", "/models"):
-                self.send({"object": "list", "data": models})
-            else:
-                self.refuse(404, "there is nothing at %s" % self.path)
-
-        def do_POST(self):
-            length = self.headers.get("Content-Length", "")
-            raw = self.rfile.read(int(length)) if length.isdigit() else b""
-            try:
-                body = json.loads(raw)
-                reply = fake_reply(body)
-            except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
-                self.refuse(400, "not a chat request: %s" % error)
-                return
-            if self.path.rstrip("/").endswith("/chat/completions"):
-                self.answer(body, *reply)
-            else:
-                self.refuse(404, "there is nothing at %s" % self.path)
-
-        def answer(self, body, pieces, finish, usage):
-            head = {"id": new_id("fake-"), "created": int(time.time()), "model": body.get("model")}
-            time.sleep(10 * pause_s * (1 + len(str(body.get("model"))) % 4))
-            if not body.get("stream"):
-                message = {"role": "assistant", "content": "".join(pieces)}
-                self.send(dict(head, object="chat.completion", usage=usage, choices=[
-                    {"index": 0, "message": message, "finish_reason": finish}]))
-                return
-            self.send_response(200)
-            self.send_header("Content-Type", "text/event-stream")
-            self.send_header("Transfer-Encoding", "chunked")
-            self.end_headers()
-            head["object"] = "chat.completion.chunk"
-            for piece in pieces:
-                self.event(dict(head, choices=[{"index": 0, "delta": {"content": piece},
-                                                "finish_reason": None}]))
-                time.sleep(pause_s)
-            self.event(dict(head, choices=[{"index": 0, "delta": {}, "finish_reason": finish}]))
-            self.event(dict(head, choices=[], usage=usage))
-            self.chunk(b"data: [DONE]\n\n")
-            self.wfile.write(b"0\r\n\r\n")
-
-        def event(self, payload):
-            self.chunk(b"data: " + json.dumps(payload).encode() + b"\n\n")
-
-        def chunk(self, data):
-            self.wfile.write(b"%x\r\n%s\r\n" % (len(data), data))
-
-        def refuse(self, status, message):
-            self.send({"error": {"message": message, "type": "invalid_request_error",
-                                 "param": None, "code": None}}, status)
-
-        def send(self, payload, status=200):
-            data = json.dumps(payload).encode()
-            self.send_response(status)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
 
     class FakeServer(ThreadingHTTPServer):
         daemon_threads = True
