@@ -87,6 +87,7 @@ VERSION = "0.1.0"
 MAX_TEXT = 4_000_000        # bytes of text in one prompt: about the largest context window, twice
 MAX_IMAGE = 20_000_000      # bytes of one image file, the common limit of hosted models
 MAX_REPLY = 32_000_000      # bytes of one upstream answer; no honest answer comes near it
+SLICE_S = 0.1               # how often waiting looks at cancel, hurry and deadlines
 MAX_CALLS = 48              # planned upstream calls that one request may ask for
 PROGRAM = "python3 fusion.py"
 
@@ -1113,8 +1114,9 @@ def load_config(choice, env, backend=None):
         raise UsageError("%s: %s %s" % (source, wrong.where() or "the configuration",
                                         wrong.reason),
                          "%s presets show budget prints one that works" % PROGRAM)
-    origins = dict.fromkeys(found, source)
-    return resolve(Config(source=source, origins=origins, backend=default, **found), env, backend)
+    named = Config(source=os.path.basename(choice), origins=dict.fromkeys(found, source),
+                   backend=default, **found)
+    return resolve(named, env, backend)
 
 
 def fitting_preset(backend):
@@ -1265,13 +1267,6 @@ def with_flags(config, flags):
     return config
 
 
-def planned_calls(config):
-    """Return how many upstream calls a request makes, retries and repairs aside."""
-    if config.mode == "solo":
-        return 1 + config.refine
-    return len(config.panel) * config.samples * config.layers + 2 + config.refine
-
-
 REQUEST_BOUNDS = {
     "panel": list_of(one_line(1, 200), 1, 16),
     "judge": one_line(1, 200),
@@ -1313,9 +1308,10 @@ def with_overrides(config, wanted, served=None):
         if key in values:
             values[key] = requested_members(config, key, values[key])
     config = changed(config, values, "request")
-    if planned_calls(config) > MAX_CALLS:
+    planned = len(config.panel) * config.samples * config.layers + 2 + config.refine
+    if planned > MAX_CALLS and config.mode != "solo":
         raise request_error("", "plans %d upstream calls; at most %d are allowed"
-                            % (planned_calls(config), MAX_CALLS))
+                            % (planned, MAX_CALLS))
     return config, options
 
 
@@ -1697,6 +1693,24 @@ class Network:
         self.context = None
         self.lessons = {}
         self.lists = {}
+        self.turns = threading.Condition()
+        self.busy = collections.Counter()
+
+    @contextlib.contextmanager
+    def turn(self, run, url):
+        """Wait until one more call may run, on the whole and on this backend; hold the place."""
+        limits = {"": run.config.max_concurrency, url: run.config.backend_concurrency}
+        with self.turns:
+            while any(limit and self.busy[place] >= limit for place, limit in limits.items()):
+                self.turns.wait(SLICE_S)
+                run.check()
+            self.busy.update(limits.keys())
+        try:
+            yield
+        finally:
+            with self.turns:
+                self.busy.subtract(limits.keys())
+                self.turns.notify_all()
 
     def take(self, place):
         """Return an idle connection to (scheme, host, port) that is still good, or None."""
@@ -2564,7 +2578,7 @@ class Call:
         self.params = params
         self.lessons = run.network.learnt(member)
         self.started = run.clock()
-        self.deadline = min(run.deadline, self.started + run.config.member_timeout_s)
+        self.deadline = None
         self.attempts = 0
         self.failures = 0
         self.usage = Usage()
@@ -2628,11 +2642,12 @@ class Call:
         """Make the call once: reserve its worst case, send, read, settle."""
         body = self.body(lessons)
         bound = self.reserve(body)
-        self.attempts += 1
         assembler = Assembler(self.delta)
-        cost, exact = 0.0, False
+        cost, exact = 0.0, True
         try:
-            reply = self.exchange(encoded(body), assembler)
+            with self.run.network.turn(self.run, self.member.backend.url):
+                self.attempts += 1
+                reply = self.exchange(encoded(body), assembler)
             cost, exact = self.bill(reply.usage, assembler, body)
         except CallError as error:
             exact = not error.accepted
@@ -2640,7 +2655,8 @@ class Call:
                 cost, exact = self.bill(error.usage or assembler.usage, assembler, body)
             raise
         except Cancelled:
-            cost, exact = self.bill(assembler.usage, assembler, body)
+            if self.attempts:
+                cost, exact = self.bill(assembler.usage, assembler, body)
             raise
         finally:
             self.run.ledger.settle(bound, cost, exact)
@@ -2664,6 +2680,9 @@ class Call:
         backend = self.member.backend
         headers = dict(request_headers(backend, self.run.depth))
         headers["Content-Type"] = "application/json"
+        if self.deadline is None:
+            self.deadline = min(self.run.deadline,
+                                self.run.clock() + self.run.config.member_timeout_s)
         exchange = Exchange(self.run.network, backend, self.run.cancel,
                             max(0.0, self.deadline - self.run.clock()))
         try:
@@ -2875,11 +2894,10 @@ def converse(run, member, messages, registry=None, turns=TOOL_TURNS, **options):
 # | the synthesizer after its first word  | the stream ends as an error       | stream_cut         |
 # | refine: no answer, or a worse one     | the unrefined answer              | refine_rejected    |
 # | the budget                            | less of everything, then an error | budget_cut         |
-# | tools asked for that are not there     | members answer without            | tools_missing      |
+# | tools asked for that are not there    | members answer without            | tools_missing      |
 #
 # From transport come price_unknown, usage_estimated and rewritten.
 
-SLICE_S = 0.1               # how often waiting looks at cancel, hurry and deadlines
 REFINE_KEEPS = 0.6          # of the answer's length, or the refined one is rejected
 
 INTRO = """\
@@ -3061,6 +3079,18 @@ def panel_slots(config):
     return slots
 
 
+def seen_by(member, messages, run, role):
+    """Return the messages without images for a model that takes none; the receipt says so."""
+    if takes_images(member) or not text_bytes(messages)[1]:
+        return list(messages)
+    run.degrade("rewritten", role, member.name, "images are left out: it takes none")
+    note = {"type": "text", "text": "(An image stands here, which you cannot see.)"}
+    return [dict(message, content=[
+        note if isinstance(part, dict) and part.get("type") == "image_url" else part
+        for part in message["content"]]) if isinstance(message.get("content"), list) else message
+        for message in messages]
+
+
 def member_messages(config, messages, member, previous, run):
     """Return what a member is sent: the client's messages and, where needed, one more."""
     parts = []
@@ -3070,7 +3100,8 @@ def member_messages(config, messages, member, previous, run):
         parts.append(LENS_PROMPT.format(lens=member.lens))
     if config.vote:
         parts.append(VOTE_PROMPT)
-    return list(messages) + ([user("\n\n".join(parts))] if parts else [])
+    return seen_by(member, messages, run, "member") + \
+        ([user("\n\n".join(parts))] if parts else [])
 
 
 def introduction(drafts, tag):
@@ -3280,7 +3311,8 @@ def judge(config, messages, drafts, run):
 
 def ask_judge(config, messages, prompt, run, cap):
     """Return the judge's Reply to one more message after the client's."""
-    return complete(run, config.judge, list(messages) + [user(prompt)], role="judge",
+    prefix = seen_by(config.judge, messages, run, "judge")
+    return complete(run, config.judge, prefix + [user(prompt)], role="judge",
                     temperature=config.judge.temperature or 0, max_tokens=cap,
                     response_format=ANALYSIS_FORMAT)
 
@@ -3478,7 +3510,8 @@ def write(config, writer, messages, run, role, params, live):
     sent = dict({"temperature": warmth}, **cap)
     sent.update(params)
     try:
-        reply = complete(run, writer, messages, role=role, on_delta=on_delta, relayed=live, **sent)
+        reply = complete(run, writer, seen_by(writer, messages, run, role), role=role,
+                         on_delta=on_delta, relayed=live, **sent)
     except CallError as error:
         if not shown:
             raise
@@ -3941,6 +3974,7 @@ class Screen:
         self.color = color and self.tty and not os.environ.get("NO_COLOR")
         self.rows = collections.OrderedDict()
         self.drawn = 0
+        self.t = 0.0
         self.written = ""
         self.lock = threading.Lock()
         if self.tty and os.name == "nt":
@@ -3968,16 +4002,19 @@ class Screen:
             self.err.write("\x1b[%dF\x1b[J" % self.drawn)
             self.drawn = 0
 
-    def draw(self, t):
-        """Redraw the live lines; `t` is the time of the run in seconds."""
+    def draw(self, t=None, last=False):
+        """Redraw the live lines at `t` seconds of the run; the last time they are left there."""
+        self.t = self.t if t is None else t
         if not self.tty or self.quiet or not self.rows:
             return
-        lines = [self.line_of(row, t) for row in self.rows.values()]
+        lines = [self.line_of(row, self.t) for row in self.rows.values()]
         with self.lock:
             self.erase()
             self.err.write("".join(line + "\n" for line in lines))
-            self.drawn = len(lines)
             self.err.flush()
+            self.drawn = 0 if last else len(lines)
+        if last:
+            self.rows.clear()
 
     def line_of(self, row, t):
         """Return one member's or stage's line: role, name, state, seconds, tokens, dollars."""
@@ -4026,24 +4063,21 @@ class Screen:
             row["end"] = event.t
             if not self.tty and not self.quiet:
                 self.say(self.line_of(row, event.t))
-        if self.stream and role in ("synth", "refine") and row["state"] == "running":
-            self.settle(event.t)
-
-    def settle(self, t):
-        """Leave the live lines as they are: from here on the answer is written below them."""
-        self.draw(t)
-        self.rows.clear()
-        self.drawn = 0
+        if self.written:  # the answer has begun; there is no place for live lines any more
+            self.rows.clear()
 
     def answer(self, text):
-        """Write a piece of the answer to stdout."""
-        if text:
-            with self.lock:
-                self.erase()
-                self.rows.clear()
-                self.out.write(clean(text) if self.safe else text)
-                self.out.flush()
-            self.written = text
+        """Write a piece of the answer to stdout; before the first, the live lines come to rest."""
+        if not text:
+            return
+        if not self.written:
+            for key in [key for key, row in self.rows.items() if row["end"] is None]:
+                del self.rows[key]
+            self.draw(last=True)
+            self.space()
+        self.out.write(clean(text) if self.safe else text)
+        self.out.flush()
+        self.written = text
 
     def data(self, text):
         """Write a whole line to stdout."""
@@ -4054,11 +4088,20 @@ class Screen:
         """End the answer with a newline if it has none."""
         if self.written and not self.written.endswith("\n"):
             self.answer("\n")
+        self.draw(last=True)
+
+    def space(self):
+        """Set talk and answer apart where both go to one terminal."""
+        if self.tty and self.safe and not self.quiet:
+            self.err.write("\n")
+            self.err.flush()
 
     def receipt(self, receipt, fake=False):
         """Say the receipt in one line, and each degradation in a line of its own."""
         if self.quiet:
             return
+        if self.written:
+            self.space()
         asked = len(receipt["panel_models"])
         head = "%d of %d answered, judge %s" % (
             len(receipt["panel_succeeded"]), asked, receipt["judge"] or "none") if asked else "solo"
@@ -4305,11 +4348,11 @@ def ask(args, config, network, screen):
 
 def deliver(args, result, found, screen, output):
     """Write the answer where it belongs: a file, or stdout as text or JSON."""
-    screen.settle(result.receipt["timing_s"]["total"])
+    screen.t = result.receipt["timing_s"]["total"]
     text = result.reply.text
     if args.json:
         wrapped = {"event": "result", "response": found} if args.stream else found
-        text = json.dumps(wrapped, ensure_ascii=not args.stream, indent=None if args.stream else 2)
+        text = json.dumps(wrapped, indent=None if args.stream else 2)
     if output:
         output.keep(text)
     elif args.json or not screen.stream:
@@ -4746,7 +4789,6 @@ def failed(error, args, argv, screen):
         import traceback
         traceback.print_exc()
     screen.end_answer()
-    screen.rows.clear()
     screen.error(error)
     if args is not None and getattr(args, "json", False):
         screen.data(json.dumps(error_object(error, getattr(error, "degraded", ()))))

@@ -1,0 +1,128 @@
+"""The README is true: its tables are those of the code, its commands run, its codes exist."""
+import json
+import os
+import re
+import shlex
+
+import pytest
+
+from conftest import FUSION_PY, run_fusion
+
+README = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "README.md")
+REWRITE = os.environ.get("REWRITE_README") == "1"
+
+
+def readme():
+    with open(README, encoding="utf-8") as file:
+        return file.read()
+
+
+def shown(value):
+    if isinstance(value, tuple):
+        value = list(value)
+    return "`%s`" % json.dumps(value) if value != [] else "-"
+
+
+def settings_rows(fusion, kind):
+    for name, field in fusion.settings_of(kind).items():
+        default = field.default
+        if not isinstance(default, (str, int, float, bool, tuple, type(None))):
+            default = {}
+        if name in ("panel", "model"):
+            default = ()
+        yield "| `%s` | %s | %s |" % (name, shown(default), field.metadata["doc"])
+
+
+def preset_rows(fusion):
+    for name, values in fusion.PRESETS.items():
+        panel = values["panel"]
+        members = panel if isinstance(panel, str) else ", ".join(
+            member if isinstance(member, str) else member["model"] for member in panel)
+        rest = {key: value for key, value in values.items()
+                if key not in ("panel", "judge", "synthesizer")}
+        yield "| `%s` | %s | %s | %s | %s |" % (
+            name, members, values.get("judge", "the first"), values.get("synthesizer", "the first"),
+            ", ".join("%s: %s" % (key, json.dumps(value)) for key, value in rest.items()) or "-")
+
+
+def tables(fusion):
+    return {"presets": preset_rows(fusion), "config": settings_rows(fusion, fusion.Config),
+            "member": settings_rows(fusion, fusion.Member)}
+
+
+@pytest.mark.parametrize("name", ["presets", "config", "member"])
+def test_the_table_is_the_codes(fusion, name):
+    rows = list(tables(fusion)[name])
+    text = readme()
+    match = re.search(r"<!-- %s -->\n(.*?\n\|[-|]+\|\n)(.*?)<!-- /%s -->" % (name, name), text,
+                      re.DOTALL)
+    if REWRITE:
+        text = text[:match.start(2)] + "\n".join(rows) + "\n" + text[match.end(2):]
+        with open(README, "w", encoding="utf-8") as file:
+            file.write(text)
+        return
+    assert match.group(2).splitlines() == rows
+
+
+def commands():
+    for block in re.findall(r"```(?:sh|console)\n(.*?)```", readme(), re.DOTALL):
+        for line in block.splitlines():
+            line = re.sub(r"^\$ ", "", line).split("   #")[0].strip()
+            if "fusion.py" in line:
+                yield line
+
+
+@pytest.mark.parametrize("line", sorted(set(commands())))
+def test_the_command_runs_on_the_fake_backend(line, tmp_path):
+    (tmp_path / "notes.txt").write_text("some notes")
+    (tmp_path / "plot.png").write_bytes(b"\x89PNG\r\n\x1a\n rest")
+    words = shlex.split(line.split("|")[-1])
+    args = words[words.index("fusion.py") + 1:]
+    if args[0] == "ask" and "--fake" not in args:
+        args.insert(1, "--fake")
+    if args[0] == "show":
+        run_fusion("ask", "--fake", "hello", home=tmp_path)
+    result = run_fusion(*args, cwd=str(tmp_path), stdin=b"a diff" if "|" in line else None,
+                        home=tmp_path)
+    assert result.code == 0, result.err
+    assert "Traceback" not in result.err
+
+
+def test_the_codes_of_the_receipt_are_those_of_the_program():
+    text = readme()
+    table = text[text.index("| code | what happened |"):text.index("Prices are in the file")]
+    named = set(re.findall(r"`(\w+)`", table)) - {"null"}
+    with open(FUSION_PY, encoding="utf-8") as file:
+        source = file.read()
+    used = set(re.findall(r'degrade\(\s*"(\w+)"', source))
+    used |= set(re.findall(r'"(\w+)" if over_budget else "(\w+)"', source)[0])
+    assert named == used
+
+
+def test_the_example_configuration_loads(fusion, tmp_path):
+    block = re.search(r"```json\n(.*?)```", readme(), re.DOTALL).group(1)
+    path = tmp_path / "my.json"
+    path.write_text(block)
+    env = fusion.Env({"OPENAI_API_KEY": "sk-openai", "OPENROUTER_API_KEY": "sk-router"})
+    config = fusion.load_config(str(path), env)
+    assert [member.backend.key for member in config.panel] == ["sk-router", "sk-openai", ""]
+    assert config.max_cost_usd == 0.5
+
+
+def test_the_example_environment_file_sets_only_what_it_may(fusion):
+    path = os.path.join(os.path.dirname(README), ".env.example")
+    with open(path, encoding="utf-8") as file:
+        names = re.findall(r"^# ?([A-Z_]+)=", file.read(), re.MULTILINE)
+    assert len(names) >= 5
+    assert all(fusion.may_set(name) for name in names)
+
+
+def test_every_backend_of_the_readme_is_one_variable_away(fusion):
+    table = readme().split("| backend | what to set |")[1].split("\n\n")[0]
+    presets = {"OpenRouter": "budget", "OpenAI": "openai", "Ollama": "local",
+               "llama.cpp": "local", "vLLM": "local"}
+    for backend, preset in presets.items():
+        row = [line for line in table.splitlines() if line.startswith("| %s |" % backend)][0]
+        name, value = re.search(r"export (\w+)=([^`\s]+)", row).groups()
+        env = fusion.Env({name: value})
+        assert fusion.load_config(None, env).source == preset
