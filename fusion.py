@@ -2050,37 +2050,21 @@ class EventLines:
     def __init__(self):
         self.rest = b""
         self.data = []
-        self.first = True
 
-    def feed(self, piece):
-        """Return the payloads, as bytes, that are complete with this piece."""
-        buffer = self.rest + piece
-        if self.first and len(buffer) >= 3:
-            buffer = buffer[3:] if buffer[:3] == b"\xef\xbb\xbf" else buffer
-            self.first = False
-        if b"\r" in buffer:
-            held = b"\r" if buffer.endswith(b"\r") else b""  # perhaps half of a CRLF
-            buffer = buffer[:len(buffer) - len(held)]
-            buffer = buffer.replace(b"\r\n", b"\n").replace(b"\r", b"\n") + held
-        lines = buffer.split(b"\n")
-        self.rest = lines.pop()
-        return self.events(lines)
-
-    def events(self, lines):
+    def feed(self, piece, last=False):
+        """Return the payloads, as bytes, that are complete with this piece of the stream."""
+        lines = (self.rest + piece).splitlines(True)
+        self.rest = b""
+        if lines and not last and not lines[-1].endswith(b"\n"):
+            self.rest = lines.pop()  # half a line, or half of a CRLF
         found = []
-        for line in lines:
+        for line in [line.rstrip(b"\r\n") for line in lines] + ([b""] if last else []):
             if line.startswith(b"data:"):
                 self.data.append(line[6:] if line[5:6] == b" " else line[5:])
             elif not line and self.data:
                 found.append(b"\n".join(self.data))
                 self.data = []
         return found
-
-    def end(self):
-        """Return the payloads that only the end of the stream completes."""
-        lines = self.rest.rstrip(b"\r").split(b"\r")
-        self.rest = b""
-        return self.events(lines + [b""])
 
 
 class ThinkFilter:
@@ -2281,11 +2265,10 @@ def read_answer(exchange, assembler):
     pieces = body_pieces(exchange, assembler.patience)
     head = b""
     for piece in pieces:
-        head += piece
-        if head.lstrip(b"\xef\xbb\xbf \t\r\n"):
+        head = (head + piece).lstrip(b"\xef\xbb\xbf \t\r\n")
+        if head:
             break
-    start = head.lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
-    if start in (b"{", b"[", b"<", b""):
+    if head[:1] in (b"{", b"[", b"<", b""):
         read_whole(exchange, assembler, head + b"".join(pieces))
         return
     lines = EventLines()
@@ -2293,7 +2276,7 @@ def read_answer(exchange, assembler):
         take_events(assembler, lines.feed(piece))
         if assembler.error:
             return
-    take_events(assembler, lines.end())
+    take_events(assembler, lines.feed(b"", last=True))
     if not (assembler.done or assembler.finish or assembler.error):
         raise CallError("the stream was cut", kind="cut", retryable=True, accepted=True,
                         usage=assembler.usage)
@@ -2370,17 +2353,17 @@ def refusal_error(backend, status, body, response):
     if 300 <= status < 400:
         message = "a redirect to %s, which is not followed" % clip(
             response.getheader("Location") or "nowhere", 100)
-    return status_error(backend, status, message, code, param, after)
+    return status_error(backend, status, message, code, param, retry_after=after)
 
 
-def status_error(backend, status, message, code=None, param=None, after=None):
+def status_error(backend, status, message, code=None, param=None, **details):
     """Return the CallError that a status and an error object stand for; see the kinds below."""
     message = clip(fold(backend.redact(message)), 300) or "no reason given"
     kind, hint, retryable = classify(status, "%s %s" % (code, message))
     if kind == "auth":
         hint = "check %s" % (backend.key_name or "the key of %s" % backend.host)
     return CallError("%s: %s" % (status, message), hint, kind=kind, retryable=retryable,
-                     upstream_status=status, upstream_param=param, retry_after=after)
+                     upstream_status=status, upstream_param=param, **details)
 
 
 def classify(status, words):
@@ -2660,7 +2643,10 @@ class Call:
             raise
         finally:
             self.run.ledger.settle(bound, cost, exact)
-        self.note_lessons(lessons)
+        for lesson, why in lessons.items():
+            if self.body(set(lessons) - {lesson}) != body:
+                self.run.degrade("rewritten", self.role, self.member.name,
+                                 "%s (%s)" % (lesson, clip(why, 100)))
         return reply._replace(usage=self.usage._replace(cost=self.cost))
 
     def reserve(self, body):
@@ -2669,7 +2655,10 @@ class Call:
             return 0.0
         price = self.price
         if price is None:
-            raise price_unknown_error(self.member)
+            model = self.member.model
+            raise CallError("no price is known for %s, so it cannot run under a cost ceiling"
+                            % model, "name it: \"prices\": {\"%s\": {\"input\": 1, "
+                            "\"output\": 2}}" % model, kind="price")
         cap = body.get("max_tokens") or body.get("max_completion_tokens") or \
             self.run.config.max_tokens
         worst = Usage(prompt_tokens(body["messages"]), cap)
@@ -2696,7 +2685,7 @@ class Call:
         if assembler.error:
             message, code, param = error_words(assembler.error)
             status = code if isinstance(code, int) and 400 <= code < 600 else 500
-            raise_accepted(status_error(backend, status, message, code, param))
+            raise status_error(backend, status, message, code, param, accepted=True)
         return assembler.reply()
 
     def delta(self, text, thought):
@@ -2727,11 +2716,6 @@ class Call:
         self.cost = None if cost is None or self.cost is None else self.cost + cost
         return cost, exact
 
-    def note_lessons(self, lessons):
-        for lesson, why in lessons.items():
-            self.run.degrade("rewritten", self.role, self.member.name,
-                             "%s (%s)" % (lesson, clip(why, 100)))
-
     def record(self, status):
         """Write the call's line of the receipt, and what was unknown about its money."""
         if not self.attempts:
@@ -2747,20 +2731,6 @@ class Call:
         self.run.ledger.record(CallRecord(
             self.member.name, self.role, self.usage, self.cost, source,
             self.run.clock() - self.started, self.attempts, status))
-
-
-def raise_accepted(error):
-    """Raise an error that came inside an answer, which the backend may therefore bill."""
-    error.accepted = True
-    raise error
-
-
-def price_unknown_error(member):
-    """Return the refusal of a call under a ceiling whose price is not known."""
-    return CallError("no price is known for %s, so it cannot run under a cost ceiling"
-                     % member.model,
-                     "give it one: \"prices\": {\"%s\": {\"input\": 1, \"output\": 2}}"
-                     % member.model, kind="price")
 
 
 def complete(run, member, messages, role="member", stream=True, on_delta=None, relayed=False,
@@ -3266,11 +3236,11 @@ def panel_failed(failures, out_of_time):
     """Return the error for a panel without a draft; it names each member's reason."""
     reasons = collections.OrderedDict()
     for slot, error in failures:
-        reasons.setdefault(slot.name, error)
-    hints = [error.hint for error in reasons.values() if error.hint]
-    words = "; ".join("%s: %s" % (name, error.message) for name, error in reasons.items())
-    kind = LimitError if reasons and all(isinstance(error, LimitError)
-                                         for error in reasons.values()) else BackendError
+        reasons.setdefault(error.message, []).append(slot.name)
+    hints = [error.hint for _, error in failures if error.hint]
+    words = "; ".join("%s: %s" % (", ".join(names), reason) for reason, names in reasons.items())
+    limits = [error for _, error in failures if isinstance(error, LimitError)]
+    kind = LimitError if limits and len(limits) == len(failures) else BackendError
     if out_of_time:
         return LimitError("the time was over before any member answered: " + words,
                           "--timeout S gives it more seconds", status=504, code="timeout")
@@ -4029,7 +3999,8 @@ class Screen:
         state = STATES[row["state"]]
         text = "%-6s %-6s %s  %s" % (row["role"], state, row["name"], ", ".join(parts))
         colour = {"ok": "green", "...": "dim"}.get(state, "yellow")
-        return self.paint(clip(clean(text), self.width() - 1), colour)
+        text = clean(text)
+        return self.paint(clip(text, self.width() - 1) if self.tty else text, colour)
 
     def handle(self, event):
         """Take one event of the run."""
