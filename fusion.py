@@ -534,6 +534,12 @@ class Backend(NamedTuple):
         """Whether the backend is this machine."""
         return self.host in ("localhost", "::1") or self.host.startswith("127.")
 
+    @property
+    def nearby(self):
+        """Whether the backend is this machine, or one on a private network."""
+        return self.loopback or bool(re.match(r"(10|192\.168|172\.(1[6-9]|2\d|3[01]))\.",
+                                              self.host))
+
     def redact(self, text):
         """Return a text of the backend without the key, should it have been echoed."""
         return text.replace(self.key, "..." + self.key[-4:]) if len(self.key) > 7 else text
@@ -923,8 +929,14 @@ PRESETS = {
 
 OPENROUTER = "https://openrouter.ai/api/v1"
 OPENAI = "https://api.openai.com/v1"
+LOCAL_URLS = tuple("http://127.0.0.1:%d/v1" % port for port in (
+    11434, 8080, 1234, 8000))  # Ollama, llama.cpp, LM Studio, vLLM
+SEARCHED = "the first local engine that answers"
 DEFAULT_KEYS = ("FUSION_API_KEY", "OPENROUTER_API_KEY", "OPENAI_API_KEY")
 SEARCH_KEYS = ("TAVILY_API_KEY", "BRAVE_API_KEY", "SERPAPI_API_KEY", "SEARXNG_URL")
+MAY_SET = DEFAULT_KEYS + SEARCH_KEYS  # what a .env file may set, beside FUSION_*
+ENV_LINE = re.compile(r"""\s*(?:export\s+)?([A-Z][A-Z0-9_]*)\s*=\s*"""
+                      r"""(?:(["'])(.*?)\2|((?!\#).*?))\s*(?:(?<=\s)\#.*)?$""")
 
 # The variable under which people keep the key of a host; it is sent to that host over https.
 WELL_KNOWN_KEYS = {
@@ -955,6 +967,15 @@ class Env(NamedTuple):
         """Return a setting that is no secret; the real environment wins."""
         return self.real.get(name) or self.file.get(name) or ""
 
+    def base_url(self):
+        """Return FUSION_BASE_URL, tidied, or "". Raises UsageError."""
+        try:
+            found = self.get("FUSION_BASE_URL").strip()
+            return found and url_value(found)
+        except Wrong as wrong:
+            raise UsageError("FUSION_BASE_URL %s" % wrong.reason,
+                             "export FUSION_BASE_URL=http://127.0.0.1:11434/v1")
+
 
 def beside(name):
     """Return the path of a file that lies beside this one."""
@@ -974,23 +995,11 @@ def read_env(path=None, real=None):
         raise UsageError("cannot read the environment file %s: %s" % (wanted, reason_of(error)),
                          "--env-file FILE names a text file of lines like FUSION_API_KEY=...")
     found = {}
-    for line in lines:
-        match = re.match(r"\s*(?:export\s+)?([A-Z][A-Z0-9_]*)\s*=\s*(.*?)\s*$", line)
-        if match and may_set(match.group(1)):
-            found[match.group(1)] = unquote_value(match.group(2))
+    for line in lines:  # NAME=value, with or without export, quotes and a comment
+        match = ENV_LINE.match(line)
+        if match and (match.group(1) in MAY_SET or match.group(1).startswith("FUSION_")):
+            found[match.group(1)] = match.group(3) or match.group(4)
     return Env(real, found, wanted)
-
-
-def may_set(name):
-    """Whether a `.env` file may set this variable."""
-    return name.startswith("FUSION_") or name in DEFAULT_KEYS or name in SEARCH_KEYS
-
-
-def unquote_value(value):
-    """Return the value of a `.env` line without quotes or a trailing comment."""
-    if len(value) > 1 and value[0] in "\"'" and value.find(value[0], 1) > 0:
-        return value[1:value.find(value[0], 1)]
-    return re.sub(r"(^|\s+)#.*$", "", value)
 
 
 def reason_of(error):
@@ -1012,40 +1021,17 @@ def default_backend(env):
 
     A well-known host never gets the key that belongs to another well-known host.
     """
-    for source, url in ((env.real, env.real.get("FUSION_BASE_URL")),
-                        (env.file, env.file.get("FUSION_BASE_URL"))):
-        if url:
-            url = base_url_of(url)
-            known = urlsplit(url).hostname in WELL_KNOWN_KEYS
-            also = [env.file] if source is env.real and known else []
-            return first_key(url, [source] + also, DEFAULT_KEYS)
-    for source in (env.real, env.file):
-        for name in DEFAULT_KEYS:
-            if source.get(name):
-                url = OPENAI if name == "OPENAI_API_KEY" else OPENROUTER
-                return Backend(url, source[name].strip(), name)
-    return Backend(OPENROUTER)
-
-
-def base_url_of(value):
-    """Return FUSION_BASE_URL checked; a bare host gets the usual /v1."""
-    try:
-        return url_value(value.strip())
-    except Wrong as wrong:
-        raise UsageError("FUSION_BASE_URL %s" % wrong.reason,
-                         "export FUSION_BASE_URL=http://127.0.0.1:11434/v1")
-
-
-def first_key(url, sources, names):
-    """Return the Backend of a URL with the first key that is set and may go there."""
-    host = urlsplit(url).hostname
-    own = WELL_KNOWN_KEYS.get(host)
+    url = env.base_url()
+    own = WELL_KNOWN_KEYS.get(urlsplit(url).hostname)
+    from_file = url and not env.real.get("FUSION_BASE_URL")
+    sources = [env.file] if from_file else [env.real, env.file] if own or not url else [env.real]
     for source in sources:
-        for name in names:
+        for name in DEFAULT_KEYS:
             foreign = own and name in WELL_KNOWN_KEYS.values() and name != own
             if source.get(name) and not foreign:
-                return Backend(url, source[name].strip(), name)
-    return Backend(url)
+                usual = OPENAI if name == "OPENAI_API_KEY" else OPENROUTER
+                return Backend(url or usual, source[name].strip(), name)
+    return Backend(url or OPENROUTER)
 
 
 def member_backend(member, env):
@@ -1064,31 +1050,26 @@ def member_backend(member, env):
             "%s may not be sent to %s (member %s)" % (name, parts.netloc, member.name),
             "api_key_env takes %sa variable named FUSION_..." % (own + ", or " if own else ""))
     key = env.real.get(name)
-    file_url = env.file.get("FUSION_BASE_URL")
-    if not key and (own or (file_url and base_url_of(file_url) == url)):
+    if not key and (own or Env({}, env.file).base_url() == url):
         key = env.file.get(name)
     return Backend(url, (key or "").strip(), name)
 
 
-def require_keys(config):
+def require_keys(members):
     """Raise UsageError when a backend that needs a key has none. Loopback works without."""
-    members = {id(member): member for member in all_members(config)}.values()
     for member in members:
         backend = member.backend
         own = WELL_KNOWN_KEYS.get(backend.host)
-        if backend.key or backend.fake or (backend.loopback and not backend.key_name):
+        if backend.key or backend.fake or not (own or backend.key_name):
             continue
-        if backend.key_name:
-            raise UsageError("%s is not set (the key of member %s)"
-                             % (backend.key_name, member.name),
-                             "export %s=..." % backend.key_name)
+        hint = "export %s=..." % (backend.key_name or own)
         if own and not member.base_url:
-            raise UsageError("no API key for %s" % backend.host,
-                             "export %s=... or try it without a key: "
-                             "%s ask --fake \"hello\"" % (own, PROGRAM))
-        if own:
-            raise UsageError("no API key for %s (member %s)" % (backend.host, member.name),
-                             "give the member \"api_key_env\": \"%s\"" % own)
+            hint += " or try it without a key: %s ask --fake \"hello\"" % PROGRAM
+        elif not backend.key_name:
+            hint = "give the member \"api_key_env\": \"%s\"" % own
+        raise UsageError("no key for %s (%s)" % (
+            backend.host, "%s is not set" % backend.key_name if backend.key_name
+            else "member %s" % member.name), hint)
 
 
 def all_members(config):
@@ -1106,7 +1087,9 @@ def load_config(choice, env, backend=None):
     choice = choice or env.get("FUSION_CONFIG")
     home = os.path.expanduser("~/.config/fusion/config.json")
     if not choice:
-        choice = home if os.path.isfile(home) else fitting_preset(default)
+        choice = home if os.path.isfile(home) else \
+            "openai" if default.host == "api.openai.com" else \
+            "local" if default.nearby and not default.fake else "budget"
     values, source = read_choice(choice)
     try:
         found = checked(Config, values, ("panel",))
@@ -1114,19 +1097,12 @@ def load_config(choice, env, backend=None):
         raise UsageError("%s: %s %s" % (source, wrong.where() or "the configuration",
                                         wrong.reason),
                          "%s presets show budget prints one that works" % PROGRAM)
-    named = Config(source=os.path.basename(choice), origins=dict.fromkeys(found, source),
-                   backend=default, **found)
+    origins = dict.fromkeys(found, source)
+    if not found["panel"] and backend is None and not env.base_url():
+        default = Backend(LOCAL_URLS[0])
+        origins["backend"] = SEARCHED
+    named = Config(source=os.path.basename(choice), origins=origins, backend=default, **found)
     return resolve(named, env, backend)
-
-
-def fitting_preset(backend):
-    """Return the preset that fits the default backend."""
-    if backend.fake or backend.host == "openrouter.ai":
-        return "budget"
-    if backend.host == "api.openai.com":
-        return "openai"
-    private = re.match(r"(10|192\.168|172\.(1[6-9]|2\d|3[01]))\.", backend.host)
-    return "local" if backend.loopback or private else "budget"
 
 
 def read_choice(choice):
@@ -1156,42 +1132,30 @@ def preset_names():
 
 def read_json_file(path):
     """Return the JSON object in a file. Raises UsageError with line and column."""
+    def unique(pairs):
+        found = {}
+        for key, value in pairs:
+            if key in found:
+                raise ValueError("the key %s stands there twice" % key)
+            found[key] = value
+        return found
+
+    def no_constant(name):
+        raise ValueError("%s is not a JSON value" % name)
+
     try:
         with open(path, encoding="utf-8-sig") as file:
-            content = file.read(1_000_001)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError("cannot read the configuration %s: %s" % (path, reason_of(error)),
-                         "%s presets lists those that come with the program" % PROGRAM)
-    if len(content) > 1_000_000:
-        raise UsageError("%s is larger than 1 MB; that is no configuration" % path,
-                         "%s presets show budget prints one" % PROGRAM)
-    try:
-        values = json.loads(content, object_pairs_hook=unique_keys, parse_constant=no_constant)
+            values = json.loads(file.read(1_000_000), object_pairs_hook=unique,
+                                parse_constant=no_constant)
+        if not isinstance(values, dict):
+            raise ValueError("it holds %s where an object belongs" % json_type(values))
+        return values
     except json.JSONDecodeError as error:
-        raise UsageError("%s, line %d, column %d: %s"
-                         % (path, error.lineno, error.colno, error.msg),
-                         "the file must hold one JSON object")
-    except (ValueError, RecursionError) as error:
-        raise UsageError("%s: %s" % (path, error), "the file must hold one JSON object")
-    if not isinstance(values, dict):
-        raise UsageError("%s holds %s where an object belongs" % (path, json_type(values)),
-                         "%s presets show budget prints one" % PROGRAM)
-    return values
-
-
-def unique_keys(pairs):
-    """Return an object's pairs as a dict; the same key twice is an error."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        twice = [key for key, count in collections.Counter(key for key, _ in pairs).items()
-                 if count > 1]
-        raise ValueError("the key %s stands there twice" % twice[0])
-    return found
-
-
-def no_constant(name):
-    """Refuse NaN and Infinity in a configuration."""
-    raise ValueError("%s is not a JSON value" % name)
+        reason = "line %d, column %d: %s" % (error.lineno, error.colno, error.msg)
+    except (OSError, ValueError, RecursionError) as error:
+        reason = reason_of(error)
+    raise UsageError("cannot read the configuration %s: %s" % (path, reason),
+                     "%s presets show budget prints one that works" % PROGRAM)
 
 
 def resolve(config, env, backend=None):
@@ -1299,11 +1263,18 @@ def with_overrides(config, wanted, served=None):
         raise request_error(wrong.where(), wrong.reason)
     options = {key: values.pop(key) for key in ("include", "events", "progress")
                if key in values}
+    ceilings = [config.max_cost_usd, values.pop("max_cost_usd", None)]
     if "preset" in values:
-        config = served_preset(config, values.pop("preset"), served or {})
-    ceiling = values.get("max_cost_usd")
-    if ceiling is not None and config.max_cost_usd is not None:
-        values["max_cost_usd"] = min(ceiling, config.max_cost_usd)
+        name = values.pop("preset")
+        if name not in (served or {}):
+            raise request_error("preset", "%s is not served here; %s"
+                                % (json.dumps(name), did_you_mean(name, served or ["none"])))
+        tools = config.tools_enabled and served[name].tools_enabled  # never widened
+        ceilings.append(served[name].max_cost_usd)
+        config = dataclasses.replace(served[name], tools_enabled=tools)
+    ceiling = min((limit for limit in ceilings if limit is not None), default=None)
+    if ceiling != config.max_cost_usd:
+        values["max_cost_usd"] = ceiling
     for key in ("panel", "judge", "synthesizer"):
         if key in values:
             values[key] = requested_members(config, key, values[key])
@@ -1319,18 +1290,6 @@ def request_error(key, reason):
     """Return the UsageError for a key of a request's `fusion` block, "" for the block itself."""
     param = ("fusion." + key).strip(".")
     return UsageError("%s %s" % (param, reason), "leave it out, or see the README", param=param)
-
-
-def served_preset(config, name, served):
-    """Return the Config of a served preset; it cannot widen tools or raise the ceiling."""
-    if name not in served:
-        raise request_error("preset", "%s is not served here; %s"
-                            % (json.dumps(name), did_you_mean(name, served) if served
-                               else "the server names none (serve --presets)"))
-    found = served[name]
-    ceilings = [value for value in (found.max_cost_usd, config.max_cost_usd) if value is not None]
-    return dataclasses.replace(found, tools_enabled=found.tools_enabled and config.tools_enabled,
-                               max_cost_usd=min(ceilings) if ceilings else None)
 
 
 def requested_members(config, key, value):
@@ -1680,6 +1639,7 @@ IDLE_S = 120.0              # between two pieces of an answer; reasoning models 
 AFTER_FINISH_S = 2.0        # for a usage chunk after finish_reason, from servers without [DONE]
 AFTER_DONE_S = 0.25         # for the end of the body after [DONE], to keep the connection
 KEEP_IDLE_S = 60.0          # an idle connection is kept so long
+NO_CHAT = re.compile(r"embed|rerank|whisper|tts|bge-|moderation|dall-e|image")
 LOCAL_OWNERS = {"llamacpp", "library", "vllm", "organization_owner", "organization-owner",
                 "lmstudio", "me", "fusion-fake"}
 
@@ -2748,23 +2708,33 @@ def complete(run, member, messages, role="member", stream=True, on_delta=None, r
 def with_auto_panel(config, network, cancel=None):
     """Return the config with `panel: "auto"` replaced by the models that the backend lists.
 
-    Embedding, reranking, speech and image models are left out, and so is anything of another
-    fusion server. Raises BackendError when the backend cannot be asked or lists nothing.
+    Without FUSION_BASE_URL it is the first local engine that answers. Models that cannot chat
+    are left out, and so is another fusion server. Raises BackendError when nothing is left.
     """
     if config.panel:
         return config
-    models = get_models(network, config.backend, cancel)
-    if any(model.get("owned_by") == "fusion" for model in models):
-        raise BackendError("%s is a fusion server itself" % config.backend.place,
-                           "point FUSION_BASE_URL at a model backend")
-    names = [model["id"] for model in models if not re.search(
-        r"embed|rerank|whisper|tts|bge-|moderation|dall-e|image", model["id"].lower())]
-    if not names:
-        raise BackendError("%s lists no model that can answer" % config.backend.place,
-                           "load a model there, or name members: --panel A,B")
-    panel = tuple(Member(name, backend=config.backend) for name in names[:16])
-    return changed(config, {"panel": panel},
-                   "auto: the models of %s" % config.backend.place)
+    searching = config.origins.get("backend") == SEARCHED
+    backends = [config.backend]
+    if searching:
+        backends = [Backend(url) for url in LOCAL_URLS]
+    for backend in backends:
+        try:
+            models = get_models(network, backend, cancel, 2.0 if searching else 10.0)
+        except CallError:
+            if not searching:
+                raise
+            continue
+        names = [model["id"] for model in models if model.get("owned_by") != "fusion" and
+                 not NO_CHAT.search(model["id"].lower())]
+        if names:
+            found = dataclasses.replace(config, backend=backend)
+            panel = tuple(Member(name) for name in names[:16])
+            origin = "auto: the models of %s" % backend.place
+            return resolve(changed(found, {"panel": panel}, origin), Env({}), backend)
+    raise BackendError(
+        "no local engine answers (%s)" % ", ".join(backend.place for backend in backends)
+        if searching else "%s lists no model that can chat" % config.backend.place,
+        "start one and load a model, set FUSION_BASE_URL, or name members: --panel A,B")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -3519,25 +3489,25 @@ def refine(config, messages, analysis, reply, run, params):
     return better
 
 
+def json_type_of(text):
+    """Return what JSON a text is as a whole, object or list, or None."""
+    with contextlib.suppress(ValueError, RecursionError):
+        found = json.loads(text)
+        return type(found) if isinstance(found, (dict, list)) else None
+    return None
+
+
 def worse_than(before, after):
     """Return what a refined reply has lost, or None: whole, JSON, code fences, length."""
     if after.cut or after.refusal:
         return "it was cut off" if after.cut else "it refused"
-    if is_json(before.text) and not is_json(after.text):
-        return "it is no longer JSON"
+    if json_type_of(before.text) != json_type_of(after.text):
+        return "it is no longer the JSON that it was"
     if after.text.count("```") < before.text.count("```"):
         return "it lost code fences"
     if len(after.text) < REFINE_KEEPS * len(before.text):
         return "it lost %d %% of its length" % (100 - 100 * len(after.text) // len(before.text))
     return None
-
-
-def is_json(text):
-    """Whether a text is one JSON object or list."""
-    try:
-        return isinstance(json.loads(text), (dict, list))
-    except (ValueError, RecursionError):
-        return False
 
 
 def final_answer(text):
@@ -3592,7 +3562,7 @@ def fuse(config, messages, run, params=None):
     UsageError, BackendError, LimitError or Cancelled; then there is no answer.
     """
     params = dict(params or {})
-    require_keys(config)
+    require_keys(all_members(config))
     run.seed = seed_of(messages, params)
     config, why = planned(config, messages, run, params)
     drafts, analysis, reply, author = (), None, None, ""
@@ -4082,19 +4052,15 @@ class Screen:
             " by the price list (fake: nothing is billed)" if fake and receipt["cost_usd"] else "",
             receipt["timing_s"]["total"]), "dim")
         for entry in receipt["degraded"]:
-            self.say("degraded: " + degraded_line(entry), "yellow")
+            self.say("degraded: %s%s: %s" % (
+                entry["code"], " " + entry["model"] if entry["model"] else "",
+                fold(entry["detail"] or entry["stage"])), "yellow")
 
     def error(self, error):
         """Say what happened and what helps."""
         self.say("error: " + clip(fold(error.message), 2000), "red")
         if error.hint:
             self.say("hint: " + fold(error.hint))
-
-
-def degraded_line(entry):
-    """Return an entry of `degraded` as one line of text."""
-    who = " %s" % entry["model"] if entry["model"] else ""
-    return "%s%s: %s" % (entry["code"], who, fold(entry["detail"] or entry["stage"]))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -4136,11 +4102,6 @@ def error_object(error, degraded=()):
     if degraded:
         found["fusion"] = {"degraded": list(degraded)}
     return found
-
-
-def event_line(event):
-    """Return an Event as one line of JSON."""
-    return json.dumps(dict({"event": event.kind, "t": round(event.t, 3)}, **event.fields))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -4300,7 +4261,8 @@ def ask(args, config, network, screen):
 
     def on_event(event):
         if events:
-            screen.data(event_line(event))
+            screen.data(json.dumps(dict({"event": event.kind, "t": round(event.t, 3)},
+                                        **event.fields)))
         screen.handle(event)
 
     try:
@@ -4707,13 +4669,8 @@ def model_row(model):
             "context": context if isinstance(context, int) else row[3], "images": row[4]}
 
 
-def run_show(args, screen):
-    """The command show."""
-    return show(args, screen)
-
-
 COMMANDS = {"ask": run_ask, "fake": run_fake, "presets": run_presets, "models": run_models,
-            "show": run_show}
+            "show": show}
 
 
 def parse(argv):

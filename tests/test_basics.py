@@ -118,7 +118,10 @@ AGREED = [
     ("emoji as it is", '{"consensus": ["\U0001f600"], }', {"consensus": ["\U0001f600"]}),
     ("braces in strings", '{"consensus": ["} ] { ["], "best_draft": "A",}',
      {"consensus": ["} ] { ["], "best_draft": "A"}),
-    ("cut inside a list", '{"best_draft": "A", "consensus": ["x", "y', None),
+    ("thinking tags in strings", '{"consensus": ["<think> opens it", "</think> ends it"]}',
+     {"consensus": ["<think> opens it", "</think> ends it"]}),
+    ("an end of thinking in a string", '{"consensus": ["x ends with </think>"], "errors": []}',
+     {"consensus": ["x ends with </think>"], "errors": []}),
     ("cut after a key", '{"best_draft": "A", "consensus"', ONE),
     ("cut after a colon", '{"best_draft": "A", "consensus":', ONE),
     ("brackets of the wrong kind", '{"best_draft": "A"]}', ONE),
@@ -127,7 +130,7 @@ AGREED = [
 
 @pytest.mark.parametrize("text, expected", [
     pytest.param(text, expected, id=name.replace(" ", "-").replace(":", "").replace("'", ""))
-    for name, text, expected in AGREED if expected is not None])
+    for name, text, expected in AGREED])
 def test_an_object_is_found_however_a_model_writes_it(fusion, text, expected):
     assert fusion.loose_object(text, KEYS) == expected
 
@@ -261,7 +264,7 @@ def test_many_values_behind_many_braces_are_read_in_time(fusion):
 
 
 def test_quotes_that_are_escaped_ever_deeper_are_read_in_time(fusion):
-    assert_quick(fusion, staircase(190))
+    assert_quick(fusion, staircase(150))
 
 
 def test_an_open_quote_before_much_blank_space_is_read_in_time(fusion):

@@ -672,10 +672,10 @@ def test_the_home_configuration_and_the_env_file_beside_the_script_do_count(
 ):
     put_config(tmp_path / "home/.config/fusion/config.json", "by/home")
     options = {"path": program, "home": tmp_path / "home", "cwd": tmp_path}
-    found = run_fusion.func("ask", "--estimate", "--json", "hi", **options)
+    found = run_fusion("ask", "--estimate", "--json", "hi", **options)
     assert json.loads(found.out)["calls"][0]["model"] == "by/home"
     (program.parent / ".env").write_text("FUSION_CONFIG=frontier\n")
-    found = run_fusion.func("ask", "--estimate", "--json", "hi", **options)
+    found = run_fusion("ask", "--estimate", "--json", "hi", **options)
     assert json.loads(found.out)["calls"][0]["model"] == FRONTIER[0]
 
 
@@ -1066,7 +1066,7 @@ def test_a_run_of_the_program_keeps_and_prints_no_key(run_fusion, program, tmp_p
     with Upstream() as up:
         (program.parent / ".env").write_text(
             'FUSION_BASE_URL="%s"\nexport FUSION_API_KEY=\'%s\'\n' % (up.url, SECRET))
-        result = run_fusion.func("ask", "--json", "--panel", "a,b", "hello", path=program,
+        result = run_fusion("ask", "--json", "--panel", "a,b", "hello", path=program,
                                  home=tmp_path, env={"OPENROUTER_API_KEY": "real-" + SECRET})
         assert result.code == 0, result.err
         assert set(authorizations(up)) == {"Bearer " + SECRET}

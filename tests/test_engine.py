@@ -233,7 +233,7 @@ def test_no_spare_is_started_when_the_time_is_over(rig):
 
 
 def test_one_call_has_its_own_time_limit(rig):
-    made = rig(cast(m3=hangs(3)), member_timeout_s=0.3)
+    made = rig(cast(m3=hangs(3)), member_timeout_s=0.5)
     assert made.fuse().reply.text == ANSWER
     late, = troubles(made)
     assert late["model"] == "m3" and late["code"] in ("member_failed", "member_late")
@@ -538,6 +538,13 @@ def test_a_lone_writer_that_fails_is_an_error(rig, fusion):
     made = rig(cast(writer=BROKEN), mode="solo")
     with pytest.raises(fusion.BackendError, match="boom"):
         made.fuse()
+
+
+def test_a_writer_that_calls_tools_which_nobody_offered_has_not_answered(rig):
+    made = rig(cast(writer=Reply("", tool_calls=[CALL]), w2="second writer"),
+               synthesizer=["writer", "w2"])
+    result = made.fuse()
+    assert (result.reply.text, result.reply.tool_calls) == ("second writer", ())
 
 
 LONG = "The answer is long enough."
@@ -902,6 +909,13 @@ def test_equal_drafts_are_one_with_their_count(rig, count):
         assert str(count) in notes["the same draft"]
     assert result.receipt["panel_succeeded"] == list(PANEL)
     assert "panel_thin" not in made.codes()
+
+
+def test_drafts_of_code_that_differ_in_indentation_are_not_equal(rig):
+    inner, outer = "for x in y:\n    a(x)\n    b(x)", "for x in y:\n    a(x)\nb(x)"
+    made = rig(cast(m1=inner, m2=outer))
+    made.fuse()
+    assert judged_drafts(made) == sorted(["draft of m3", inner, outer])
 
 
 def test_both_models_of_a_merged_draft_are_named_in_the_analysis(rig):

@@ -1,4 +1,4 @@
-"""Money: the price table, the cost of a usage, the ledger, estimates, and the ceiling that holds."""
+"""Money: the price table, the cost of a usage, the ledger, estimates, the ceiling that holds."""
 
 import collections
 import itertools
@@ -730,9 +730,11 @@ def test_an_estimate_counts_images_and_not_their_bytes(fusion, load):
 
 CAP = 200
 CAPPED = [{"model": model, "max_tokens": CAP} for model in TRIO]
+ROLES = {"panel": CAPPED, "max_tokens": CAP, "judge": KNOWN, "synthesizer": OPUS}
 WORST = [
     ("three members", {}, None),
-    ("one member", {"panel": CAPPED[:1]}, None),
+    ("one model in all roles", {"panel": CAPPED[:1], "judge": TRIO[0], "synthesizer": TRIO[0]},
+     None),
     ("samples", {"samples": 3}, None),
     ("layers", {"layers": 3}, None),
     ("layers and samples", {"layers": 2, "samples": 2}, None),
@@ -743,7 +745,7 @@ WORST = [
     ("lens", {"panel": [dict(member, lens="Mind the cost. " * 33) for member in CAPPED]}, None),
     ("caps of the members differ", {"panel": [
         dict(member, max_tokens=50 * 4**index) for index, member in enumerate(CAPPED)]}, None),
-    ("a judge with a larger cap", {"judge": {"model": OPUS, "max_tokens": 9000}}, None),
+    ("a judge with a larger cap", {"judge": {"model": KNOWN, "max_tokens": 9000}}, None),
     ("a writer with a larger cap", {"synthesizer": {"model": OPUS, "max_tokens": 9000}}, None),
     ("a larger cap of the client", {"refine": True}, {"max_tokens": 9000}),
     ("the other cap of the client", {"refine": True}, {"max_completion_tokens": 9000}),
@@ -765,14 +767,18 @@ def at_caps(request):
     return Reply(text, usage=usage)
 
 
-def worst_of(fusion, price, posts):
-    """What these requests reserve, by the contract: prompt bytes / 3, and the cap."""
-    total = 0.0
-    for request in posts:
-        cap = request.body.get("max_completion_tokens") or request.body["max_tokens"]
-        tokens = size_of(request.messages) // 3
-        total += fusion.cost_of(fusion.Usage(tokens, cap), price(request.model))
-    return total
+def worst_of(request):
+    """The tokens that a request reserves, by the contract: prompt bytes / 3, and the cap."""
+    cap = request.body.get("max_completion_tokens") or request.body["max_tokens"]
+    return request.model, size_of(request.messages) // 3, cap
+
+
+def by_model(fusion, price, rows):
+    """What rows of (model, prompt tokens, completion tokens) cost, for each model."""
+    found = collections.Counter()
+    for model, prompt, completion in rows:
+        found[model] += fusion.cost_of(fusion.Usage(prompt, completion), price(model))
+    return found
 
 
 @pytest.mark.parametrize("values, params", [
@@ -781,18 +787,19 @@ def test_the_high_estimate_covers_a_run_whose_replies_hit_every_cap(
     fusion, ready, price, values, params
 ):
     with Upstream(at_caps) as up:
-        config, run = ready(up, dict({"panel": CAPPED, "max_tokens": CAP}, **values))
-        caps = list((params or {}).values())
-        plan = fusion.estimate(config, QUESTION, *caps)
+        config, run = ready(up, dict(ROLES, **values))
+        plan = fusion.estimate(config, QUESTION, *(params or {}).values())
         result = fusion.fuse(config, QUESTION, run, params)
         assert len(up.posts()) == sum(item.calls for item in plan)
-        billed = sum(fusion.cost_of(fusion.Usage(row[1], row[2]), price(row[0]))
-                     for row in up.billed)
-        worst = worst_of(fusion, price, up.posts())
-    low, high = fusion.total_of(plan)
-    assert result.receipt["cost_usd"] == pytest.approx(billed)
-    assert low < billed <= high
-    assert worst <= high
+        billed = by_model(fusion, price, [row[:3] for row in up.billed])
+        worst = by_model(fusion, price, map(worst_of, up.posts()))
+    high = collections.Counter()
+    for item in plan:
+        high[item.model] += item.high
+    assert result.receipt["cost_usd"] == pytest.approx(sum(billed.values()))
+    assert fusion.total_of(plan)[0] < sum(billed.values())
+    assert {model: usd for model, usd in billed.items() if usd > high[model] + TINY} == {}
+    assert {model: usd for model, usd in worst.items() if usd > high[model] + TINY} == {}
 
 
 def test_the_high_estimate_is_a_ceiling_under_which_the_whole_run_fits(fusion, ready):
@@ -968,9 +975,10 @@ def test_calls_at_the_same_time_share_one_ceiling(fusion, ready):
 
 
 # What an upstream may do with a call, and how often; each of them is billed if it was accepted.
-DEEDS = (["answers"] * 8 + ["at its cap", "reports its cost", "reports its cost", "no usage",
-         "no usage", "cut", "cut without usage", "reset", "error event", "empty", "refuses",
-         "busy", "cut by length", "no headers", "too slow"])
+DEEDS = (["answers"] * 4 + ["at its cap"] * 8 + ["empty"] * 3
+         + ["reports its cost", "no usage", "error event"] * 2
+         + ["cut", "cut with usage", "reset", "refuses", "busy", "cut by length", "no headers",
+            "too slow"])
 
 
 def billing_script(seed, slow):
@@ -983,22 +991,26 @@ def billing_script(seed, slow):
         body = request.body
         cap = body.get("max_completion_tokens") or body["max_tokens"]
         words = JUDGEMENT if is_judge(request) else "%s says %s. " % (request.model, share)
-        completion = cap if deed in ("at its cap", "cut by length") else int(cap * share)
-        usage = {"prompt_tokens": size_of(body["messages"]) // 4, "completion_tokens": completion}
-        return {
-            "reports its cost": lambda: Reply(words, usage=usage, cost=1e-6 * cap * share),
-            "no usage": lambda: Reply(words, usage=None),
-            "cut": lambda: Reply(words, usage=usage, cut_after=3, sse={"usage_on": "content"}),
-            "cut without usage": lambda: Reply(words, usage=dict(usage), cut_after=2),
-            "reset": lambda: Reply(words, usage=usage, cut_after=1, cut="rst"),
-            "error event": lambda: Reply(words, usage=usage, error="overloaded", error_after=2),
-            "empty": lambda: Reply("", usage=usage),
-            "refuses": lambda: error_reply(400, "no"),
-            "busy": lambda: error_reply(429, "later", headers={"Retry-After": "0"}),
-            "cut by length": lambda: Reply(words, usage=usage, finish="length"),
-            "no headers": lambda: Reply(raw=b""),
-            "too slow": lambda: Reply(words, usage=usage, hang_after=1 if slow else None),
-        }.get(deed, lambda: Reply(words, usage=usage))()
+        completion = int(cap * share) if deed in ("answers", "reports its cost") else cap
+        prompt = size_of(body["messages"]) // 4
+        row = ROWS[request.model]
+        usage = {"prompt_tokens": prompt, "completion_tokens": completion}
+        cost = share * (prompt * row[0] + completion * row[1]) / 1e6
+        options = {
+            "reports its cost": {"cost": cost},
+            "no usage": {"usage": None},
+            "cut": {"cut_after": 2},
+            "cut with usage": {"cut_after": 3, "chunks": ["a", "b"],
+                               "sse": {"usage_on": "content"}},
+            "reset": {"cut_after": 1, "cut": "rst"},
+            "error event": {"error": "overloaded", "error_after": 2},
+            "cut by length": {"finish": "length"},
+            "no headers": {"raw": b""},
+            "too slow": {"hang_after": 1} if slow else {},
+        }.get(deed, {})
+        if deed in ("refuses", "busy"):
+            return error_reply(400 if deed == "refuses" else 429, "no")
+        return Reply("" if deed == "empty" else words, **dict({"usage": usage}, **options))
 
     return script
 
@@ -1008,11 +1020,12 @@ def random_values(rng, slow):
     models = [rng.choice(sorted(ROWS)) for _ in range(rng.randint(1, 5))]
     return {
         "panel": [{"model": model, "max_tokens": rng.randint(60, 900)} for model in models],
-        "judge": rng.choice(models), "synthesizer": rng.sample(models, min(2, len(models))),
+        "judge": rng.choice(models),
+        "synthesizer": rng.sample(models, min(2, len(models))),
         "spares": [rng.choice(sorted(ROWS))], "max_tokens": rng.randint(60, 900),
         "samples": rng.choice([1, 1, 2, 3]), "layers": rng.choice([1, 1, 2]),
         "refine": rng.random() < 0.3, "vote": rng.random() < 0.2,
-        "mode": rng.choice(["fuse"] * 5 + ["solo"]), "max_retries": rng.randint(0, 3),
+        "mode": rng.choice(["fuse"] * 5 + ["solo"]), "max_retries": rng.randint(0, 5),
         "quorum": rng.choice([0, 0, 1, 2]), "grace_s": 0.01, "stream_members": rng.random() < 0.8,
         "member_timeout_s": 0.25 if slow else 20, "timeout_s": 20,
     }
@@ -1031,8 +1044,11 @@ def seeded_run(fusion, ready, price, seed):
     values = random_values(rng, slow)
     with Upstream(billing_script(seed, slow)) as up:
         config, _ = ready(up, values)
-        high = fusion.total_of(fusion.estimate(config, QUESTION))[1]
-        ceiling = high * rng.choice([0.02, 0.1, 0.3, 0.5, 0.8, 1.1])
+        whole = fusion.total_of(fusion.estimate(config, QUESTION))[1]
+        alone = fusion.total_of(fusion.estimate(
+            fusion.with_flags(config, {"mode": "solo", "refine": False}), QUESTION))[1]
+        ceiling = rng.choice([0.9, 1, 1.3, 2, 3]) * alone if seed % 2 else \
+            rng.choice([0.3, 0.5, 0.8, 1]) * whole
         config, run = ready(up, dict(values, max_cost_usd=ceiling))
         try:
             fusion.fuse(config, QUESTION, run)
@@ -1051,15 +1067,15 @@ def test_sixty_runs_by_lot_never_cost_more_than_their_ceiling(fusion, ready, pri
     for seed in range(60):
         outcome, ceiling, billed, ledger = seeded_run(fusion, ready, price, seed)
         outcomes[outcome] += 1
-        used += billed > 0.3 * ceiling
+        used += billed > 0.7 * ceiling
         where = "seed %d, %s" % (seed, outcome)
         assert billed <= ceiling + TINY, where
         assert billed <= ledger.committed() + TINY, where
         assert ledger.committed() <= ceiling + TINY, where
         assert abs(ledger.reserved) < TINY, where
-    assert outcomes["answered"] >= 20, outcomes
+    assert outcomes["answered"] >= 15, outcomes
     assert outcomes["limit"] >= 3, outcomes
-    assert used >= 15, "the ceilings were never near"
+    assert used >= 8, "the ceilings were hardly ever near"
 
 
 # ---- the program ----------------------------------------------------------------------------

@@ -544,6 +544,36 @@ def test_members_that_do_not_stream_say_the_same(rig):
         made.up.script.said[post] for post in made.up.posts() if post.model in PANEL)
 
 
+ODD_TURNS = (
+    {"role": "developer", "content": "Use the tool."},
+    {"role": "user", "content": ""},
+    {"role": "user", "content": "Look.", "unknown": {"b": [1, 1.5, None, True], "a": "\u00e9"}},
+    {"role": "assistant", "content": None, "tool_calls": [
+        {"id": "c1", "type": "function", "function": {"name": "look", "arguments": '{"a": 1}'}}]},
+    {"role": "tool", "tool_call_id": "c1", "content": [{"type": "text", "text": "blue"}]},
+    {"role": "assistant", "content": "It is blue."},
+    {"role": "system", "content": "Now explain."},
+)
+
+
+def test_odd_messages_are_an_unchanged_prefix_too(rig):
+    made = rig(simple_cast, refine=True, layers=2)
+    made.fuse(ODD_TURNS)
+    assert [len(appended(post, ODD_TURNS)) for post in made.up.posts()] == [0] * 3 + [1] * 6
+
+
+def test_thirty_drafts_have_thirty_letters(rig):
+    made = rig(lambda request: Reply(judgement() if request.model == "judge" else
+                                     "%s says %d" % (request.model, request.n)),
+               panel=["model-%d" % number for number in range(10)], samples=3)
+    result = made.fuse()
+    drafts = drafts_in(last_text(made.up.posts("writer")[0]))
+    assert drafts == drafts_in(last_text(made.up.posts("judge")[0]))
+    assert sorted(drafts.values()) == sorted("model-%d says %d" % (number, sample)
+                                             for number in range(10) for sample in range(3))
+    assert {draft.letter: draft.text for draft in result.drafts} == drafts
+
+
 # ---- nobody closes a fence --------------------------------------------------------------------
 
 
