@@ -112,6 +112,10 @@ class FusionError(Exception):
             setattr(self, name, value)
 
 
+    def __str__(self):
+        return self.message
+
+
 class UsageError(FusionError):
     """The request or the configuration is wrong; the same again cannot work."""
 
@@ -209,24 +213,23 @@ def wait_for(futures, seconds):
     return wait(futures, seconds, FIRST_COMPLETED).done
 
 
-THINK = re.compile(r"<(think|thinking)>(.*?)(?:</\1>|\Z)\s*", re.DOTALL)
-UNOPENED_THINK = re.compile(r"\A((?:(?!<think).)*?)</think>\s*", re.DOTALL)
+THINK = re.compile(r"\s*<(think(?:ing)?)>(?P<thought>.*?)(?:</\1>\s*|\Z)", re.DOTALL)
+UNOPENED_THINK = re.compile(r"(?P<thought>(?:(?!<think).)*?)</think>[ \t]*\n\s*", re.DOTALL)
 
 
 def split_thinking(text):
-    """Return (answer, reasoning) of a text that may hold `<think>` blocks.
+    """Return (answer, reasoning) of a text that opens with `<think>` blocks.
 
     Some chat templates open the block themselves, so that only its end reaches us: then all
-    that stands before a first `</think>` is reasoning.
+    that stands before a first `</think>` that ends its line is reasoning.
     """
     thoughts = []
-
-    def keep(match):
-        thoughts.append(match.group(match.lastindex))
-        return ""
-
-    answer = THINK.sub(keep, UNOPENED_THINK.sub(keep, text, count=1))
-    return answer, "\n".join(thoughts).strip()
+    match = THINK.match(text) or UNOPENED_THINK.match(text)
+    while match:
+        thoughts.append(match.group("thought").strip())
+        text = text[match.end():]
+        match = THINK.match(text)
+    return text, "\n".join(thoughts)
 
 
 LOOSE_TOKEN = re.compile(r"""
@@ -234,10 +237,10 @@ LOOSE_TOKEN = re.compile(r"""
   | (?P<text> (?P<quote>["']) (?: \\. | (?!(?P=quote)[ \t]*(?:[\r\n,:}\]]|//|\#|/\*|\Z)) [^\\] )*
               (?: (?P=quote) | \\?\Z ) )
   | (?P<open> [{\[] ) | (?P<close> [}\]] )
-  | (?P<word> [^\s,:{}\[\]"']+ | . )
+  | (?P<word> (?: (?!//|/\*|\#) [^\s,:{}\[\]"'] )+ | . )
 """, re.VERBOSE | re.DOTALL)
 LOOSE_WORDS = {"true": True, "false": False, "True": True, "False": False, "null": None,
-               "None": None, "NaN": None, "Infinity": None, "-Infinity": None}
+               "None": None}
 LOOSE_ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f"}
 
 
@@ -279,13 +282,21 @@ def put(frame, value):
         waiting.append(value if isinstance(value, str) else str(value))
 
 
+def finite(word):
+    """Return the number that a word stands for, None for one that JSON has not."""
+    number = float(word)
+    return number if math.isfinite(number) else None
+
+
 def loose_scalar(kind, word):
     """Return the value of a string, number or word as it stands in loose JSON."""
     if kind == "word":
         if re.fullmatch(r"-?\d{1,15}", word):
             return int(word)
+        if word in LOOSE_WORDS:
+            return LOOSE_WORDS[word]
         with contextlib.suppress(ValueError):
-            return LOOSE_WORDS[word] if word in LOOSE_WORDS else float(word)
+            return finite(word)
         return word
     body = word[1:-1] if len(word) > 1 and word[-1] == word[0] else word[1:]
     plain = re.sub(r"\\(u[0-9a-fA-F]{4}|.)", lambda match: chr(int(match.group(1)[1:], 16))
@@ -294,7 +305,7 @@ def loose_scalar(kind, word):
     return plain.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def loose_object(text, wanted):
+def loose_object(text, wanted, depth=2):
     """Return the JSON object in a model's prose that has most of the wanted keys, or None.
 
     It looks behind `<think>` blocks and code fences, into objects that wrap the wanted one, into
@@ -302,20 +313,19 @@ def loose_object(text, wanted):
     """
     text = split_thinking(text[:200_000])[0].strip()
     with contextlib.suppress(ValueError, RecursionError):
-        return unwrap(json.loads(text, parse_constant=lambda name: None), wanted)
-    best, best_score = None, 0
+        return unwrap(json.loads(text, parse_constant=finite, parse_float=finite), wanted)
+    best, best_score, read = None, 0, 0
     position = text.find("{")
-    for _ in range(40):  # objects looked at; a text with more of them is not an answer
-        if position < 0:
-            break
+    while position >= 0 and read < 600_000:  # characters; no honest answer needs so many looks
         found, end = loose_json(text, position)
+        read += max(end - position, 1000)
         found = unwrap(found, wanted)
         score = len(wanted & set(found or ()))
         if score and score >= best_score:
             best, best_score = found, score
         position = text.find("{", end if score else position + 1)
-    if best is None and '{\\"' in text:
-        return loose_object(text.replace('\\"', '"'), wanted)
+    if best is None and '{\\"' in text and depth:
+        return loose_object(text.replace('\\"', '"'), wanted, depth - 1)
     return best
 
 
@@ -824,6 +834,7 @@ class Run:
         self.clock = clock
         self.depth = depth
         self.live = live
+        self.shown = False
         self.stage = ""
         self.id = new_id("run-")
         self.tag = os.urandom(6).hex()
@@ -963,6 +974,9 @@ class Env(NamedTuple):
     file: dict = {}
     path: str = ""
 
+    def __repr__(self):
+        return "Env(%d variables, file %r)" % (len(self.real), self.path)
+
     def get(self, name):
         """Return a setting that is no secret; the real environment wins."""
         return self.real.get(name) or self.file.get(name) or ""
@@ -1023,15 +1037,26 @@ def default_backend(env):
     """
     url = env.base_url()
     own = WELL_KNOWN_KEYS.get(urlsplit(url).hostname)
-    from_file = url and not env.real.get("FUSION_BASE_URL")
-    sources = [env.file] if from_file else [env.real, env.file] if own or not url else [env.real]
+    sources = [env.real]
+    if url and not env.real.get("FUSION_BASE_URL"):
+        sources = [env.file]
+    elif not url or (own and url.startswith("https:")):
+        sources = [env.real, env.file]
     for source in sources:
         for name in DEFAULT_KEYS:
             foreign = own and name in WELL_KNOWN_KEYS.values() and name != own
             if source.get(name) and not foreign:
                 usual = OPENAI if name == "OPENAI_API_KEY" else OPENROUTER
-                return Backend(url or usual, source[name].strip(), name)
+                return Backend(url or usual, key_value(name, source[name]), name)
     return Backend(url or OPENROUTER)
+
+
+def key_value(name, value):
+    """Return a key without blanks around it. Raises UsageError if no header can carry it."""
+    value = value.strip()
+    if not re.fullmatch(r"[\x21-\x7e]*", value):
+        raise UsageError("%s holds characters that no key has" % name, "export %s=..." % name)
+    return value
 
 
 def member_backend(member, env):
@@ -1052,7 +1077,7 @@ def member_backend(member, env):
     key = env.real.get(name)
     if not key and (own or Env({}, env.file).base_url() == url):
         key = env.file.get(name)
-    return Backend(url, (key or "").strip(), name)
+    return Backend(url, key_value(name, key or ""), name)
 
 
 def require_keys(members):
@@ -1145,8 +1170,10 @@ def read_json_file(path):
 
     try:
         with open(path, encoding="utf-8-sig") as file:
-            values = json.loads(file.read(1_000_000), object_pairs_hook=unique,
-                                parse_constant=no_constant)
+            content = file.read(1_000_001)
+        if len(content) > 1_000_000:
+            raise ValueError("it is larger than 1 MB")
+        values = json.loads(content, object_pairs_hook=unique, parse_constant=no_constant)
         if not isinstance(values, dict):
             raise ValueError("it holds %s where an object belongs" % json_type(values))
         return values
@@ -1214,12 +1241,12 @@ def with_flags(config, flags):
 
     Members are named by slug or label; everything else is checked like a configuration.
     """
-    known = settings_of(Config)
+    known, named = settings_of(Config), config
     for key, value in flags.items():
         try:
             if key in ("panel", "judge", "synthesizer"):
                 names = [value] if key == "judge" else value
-                members = list_of(lambda name: named_member(config, name), 1, 16)(names)
+                members = list_of(lambda name: named_member(named, name), 1, 16)(names)
                 value = members[0] if key == "judge" else members
             else:
                 value = known[key].metadata["check"](value)
@@ -1271,7 +1298,8 @@ def with_overrides(config, wanted, served=None):
                                 % (json.dumps(name), did_you_mean(name, served or ["none"])))
         tools = config.tools_enabled and served[name].tools_enabled  # never widened
         ceilings.append(served[name].max_cost_usd)
-        config = dataclasses.replace(served[name], tools_enabled=tools)
+        config = dataclasses.replace(served[name], tools_enabled=tools,
+                                     allow_models=config.allow_models)
     ceiling = min((limit for limit in ceilings if limit is not None), default=None)
     if ceiling != config.max_cost_usd:
         values["max_cost_usd"] = ceiling
@@ -1279,7 +1307,8 @@ def with_overrides(config, wanted, served=None):
         if key in values:
             values[key] = requested_members(config, key, values[key])
     config = changed(config, values, "request")
-    planned = len(config.panel) * config.samples * config.layers + 2 + config.refine
+    members = len(config.panel) or 16  # "auto" takes as many as it finds, up to that
+    planned = members * config.samples * config.layers + 2 + config.refine
     if planned > MAX_CALLS and config.mode != "solo":
         raise request_error("", "plans %d upstream calls; at most %d are allowed"
                             % (planned, MAX_CALLS))
@@ -1383,7 +1412,8 @@ TIERS = {
 }
 
 JUDGE_CAP = 4096            # tokens of an analysis; the judge's own cap
-FRAME = 6000                # bytes that our own words add to a prompt, at most
+FRAME = 2000                # tokens that our own words add to a prompt, at most
+FENCE = 60                  # tokens that the fence of a draft adds, or the request for a vote
 IMAGE_TOKENS = 1700         # what hosted models count for one image, at most
 LOCAL_PRICE = Price(0.0, 0.0, 0.0, (), "local")
 
@@ -1542,44 +1572,39 @@ class Planned(NamedTuple):
     high: Optional[float]
 
 
-def planned_call(role, member, calls, tokens, cap, price):
-    """Return Planned for `calls` calls whose prompt has tokens=(low, high), answers up to cap.
-
-    The low end takes a tenth of the cap as the answer; the high end is what a call reserves.
-    """
-    if price is None:
-        return Planned(role, member.name, calls, None, None)
-    low = cost_of(Usage(int(tokens[0]), cap // 10), price)
-    high = cost_of(Usage(int(tokens[1]), cap), price)
-    return Planned(role, member.name, calls, low * calls, high * calls)
-
-
 def estimate(config, messages, writer_cap=None, price=price_of):
-    """Return the Planned calls of a request, before it is made; retries and repairs aside."""
+    """Return the Planned calls of a request, before it is made; retries and repairs aside.
+
+    The low end takes a tenth of each cap as the answer, the high end is what calls reserve:
+    each cap reached, 3 bytes of text a token.
+    """
     size = (prompt_tokens(messages, 4), prompt_tokens(messages, 3))
-    frame = FRAME // 3
     cap = writer_cap or config.writer.max_tokens or config.max_tokens
+    judge_cap = config.judge.max_tokens or JUDGE_CAP
 
-    def cost(member):
-        return price(member, config)
+    def planned(role, member, calls, read, limit, lens=""):
+        """The plan of calls that read so many tokens=(low, high) and answer up to a limit."""
+        cost = price(member, config)
+        if cost is None:
+            return Planned(role, member.name, calls, None, None)
+        low = cost_of(Usage(size[0] + read[0], limit // 10), cost)
+        high = cost_of(Usage(size[1] + read[1] + len(lens.encode()) // 3, limit), cost)
+        return Planned(role, member.name, calls, low * calls, high * calls)
 
-    if config.mode == "solo":
-        plan = [planned_call("synth", config.writer, 1, size, cap, cost(config.writer))]
-    else:
+    plan = []
+    if config.mode != "solo":
         caps = [member.max_tokens or config.max_tokens for member in config.panel]
-        drafts = sum(caps) * config.samples
-        read = (size[0] + drafts // 10, size[1] + drafts * 4 // 3 + frame)
-        plan = [planned_call("member", member, config.samples, size, limit, cost(member))
-                for member, limit in zip(config.panel, caps)]
-        plan += [planned_call("member", member, config.samples * (config.layers - 1), read, limit,
-                              cost(member))
-                 for member, limit in zip(config.panel, caps) if config.layers > 1]
-        plan.append(planned_call("judge", config.judge, 1, read, JUDGE_CAP, cost(config.judge)))
-        more = (read[0] + JUDGE_CAP // 10, read[1] + JUDGE_CAP * 4 // 3)
-        plan.append(planned_call("synth", config.writer, 1, more, cap, cost(config.writer)))
+        drafts, count = sum(caps) * config.samples, len(caps) * config.samples
+        read = (drafts // 10, drafts * 4 // 3 + FRAME + FENCE * count)
+        for layer, seen in enumerate([(0, FENCE)] + [read] * (config.layers - 1)):
+            plan += [planned("member", member, config.samples, seen, limit, member.lens or "")
+                     for member, limit in zip(config.panel, caps)]
+        plan.append(planned("judge", config.judge, 1, read, judge_cap))
+        read = (read[0] + judge_cap // 10, read[1] + judge_cap * 4 // 3)
+    plan.append(planned("synth", config.writer, 1, read if plan else (0, 0), cap))
     if config.refine:
-        again = (size[0] + cap // 10, size[1] + (cap + JUDGE_CAP) * 4 // 3 + frame)
-        plan.append(planned_call("refine", config.writer, 1, again, cap, cost(config.writer)))
+        again = (cap // 10, (cap + judge_cap) * 4 // 3 + FRAME)
+        plan.append(planned("refine", config.writer, 1, again, cap))
     return plan
 
 
@@ -1595,10 +1620,10 @@ def cheaper(config):
 
     refine off, samples 1, layers 1, fewer members (from the end, down to two), solo.
     """
-    if config.mode == "solo":
-        return None
     if config.refine:
         return dataclasses.replace(config, refine=False), "refine off"
+    if config.mode == "solo":
+        return None
     if config.samples > 1:
         return dataclasses.replace(config, samples=1), "samples 1"
     if config.layers > 1:
@@ -2035,6 +2060,7 @@ class ThinkFilter:
     def __init__(self):
         self.held = ""
         self.state = "start"
+        self.thought = False
 
     def feed(self, piece):
         """Return (answer, reasoning) that this piece adds."""
@@ -2044,12 +2070,13 @@ class ThinkFilter:
         if self.state == "start":
             head = self.held.lstrip()
             if not head.startswith(self.OPEN):
-                return ("", "") if self.OPEN.startswith(head) else (self.end()[0], "")
-            self.state, self.held = "thought", head[len(self.OPEN):]
+                self.held = head if self.thought else self.held
+                return ("", "") if self.OPEN.startswith(head) else self.end()
+            self.state, self.held, self.thought = "inside", head[len(self.OPEN):], True
         thought, closed, rest = self.held.partition(self.CLOSE)
         if closed:
             self.state, self.held = "start", ""
-            answer, more = self.feed(rest.lstrip())
+            answer, more = self.feed(rest)
             return answer, thought + more
         kept = len(self.CLOSE) - 1
         self.held = thought[-kept:]
@@ -2058,9 +2085,8 @@ class ThinkFilter:
     def end(self):
         """Return (answer, reasoning) that is still held; from here on everything is answer."""
         held, self.held = self.held, ""
-        thought = self.state == "thought"
-        self.state = "answer"
-        return ("", held) if thought else (held, "")
+        inside, self.state = self.state == "inside", "answer"
+        return ("", held) if inside else (held, "")
 
 
 def part_text(content):
@@ -2555,13 +2581,15 @@ class Call:
 
     def sleep_or_raise(self, error, known):
         """Wait until the next attempt makes sense, or raise the error for good."""
+        error.message = self.member.backend.redact(error.message)
+        if self.relayed and self.deltas:
+            raise error
         lesson = lesson_of(error, self.body(known), known)
         if lesson is not None:
             self.lessons[lesson] = error.message
             return
         self.failures += 1
-        final = not error.retryable or self.failures > self.run.config.max_retries
-        if final or (self.relayed and self.deltas):
+        if not error.retryable or self.failures > self.run.config.max_retries:
             raise error
         wait = self.run.config.retry_backoff * 2 ** (self.failures - 1)
         if error.retry_after is not None:
@@ -2615,13 +2643,16 @@ class Call:
             return 0.0
         price = self.price
         if price is None:
+            self.run.degrade("price_unknown", self.role, self.member.name, "no price is known")
             model = self.member.model
             raise CallError("no price is known for %s, so it cannot run under a cost ceiling"
                             % model, "name it: \"prices\": {\"%s\": {\"input\": 1, "
                             "\"output\": 2}}" % model, kind="price")
-        cap = body.get("max_tokens") or body.get("max_completion_tokens") or \
-            self.run.config.max_tokens
-        worst = Usage(prompt_tokens(body["messages"]), cap)
+        caps = [body[name] for name in ("max_tokens", "max_completion_tokens") if body.get(name)]
+        extra = [{"content": body.get(name)} for name in ("tools", "response_format")
+                 if body.get(name)]
+        worst = Usage(prompt_tokens(body["messages"] + extra),
+                      max(caps, default=self.run.config.max_tokens) * (body.get("n") or 1))
         return self.run.ledger.reserve(cost_of(worst, price), self.member.name)
 
     def exchange(self, body, assembler):
@@ -2924,15 +2955,23 @@ LENS_PROMPT = "Look at it from this perspective: {lens}"
 
 VOTE_PROMPT = "End with one line `Answer: X`, where X is the final answer alone, in brief."
 
+# A short text is a refusal if it opens with one: an apology alone, or a doubt, is a draft.
 REFUSAL = re.compile(
-    r"\W*(i'm|i am|we're|we are)\s+(sorry|unable|not able)\b|\W*sorry,|"
-    r"\W*i\s+(can't|cannot|can not|won't|will not)\s+(help|assist|comply|provide|fulfil|do that|"
-    r"answer|create|write|discuss|support)|\W*as an ai\b", re.IGNORECASE)
+    r"\W*(?:(?:i[\u2019']?m|i am)? ?(?:very |so |truly )?sorry\W+(?:but )?)?"
+    r"(?:as an ai(?: language)?(?: model| assistant)?\W+)?(?:i|we)(?:[\u2019']m| am| are)? "
+    r"(?:can[\u2019']?t|cannot|can not|won[\u2019']t|will not|unable to|not able to|have to decline"
+    r"|must decline)(?: to)? (?:help (?:you )?with|assist|comply|provide|fulfil|do that|answer|"
+    r"create|write|generate|discuss|support|engage|share|continue|help\W*$)", re.IGNORECASE)
 
+# What chat clients ask for beside the conversation: titles, tags, one word.
 TRIVIAL = re.compile(
-    r"\b(generate|create|write|suggest)\b.{0,60}\b(title|tags?|follow-up|emoji|search quer)|"
+    r"\b(generate|create|write|suggest|give)\b.{0,30}\b(concise|short|brief|broad|\d).{0,30}"
+    r"\b(title|tags?|follow-ups?|emoji|quer(y|ies)|names?)\b|"
     r"\b(reply|respond|answer)\b.{0,20}\b(one word|a single word|yes or no|only yes|ok)\b",
-    re.IGNORECASE | re.DOTALL)
+    re.IGNORECASE)
+
+GREETING = re.compile(r"\W*(hi|hello|hey|thanks?|thank you|ok|okay|yes|no|test|ping|bye)\W*",
+                      re.IGNORECASE)
 
 LETTERED = {"type": "array", "items": {"type": "string"}}
 TEXT = {"type": "string"}
@@ -2999,7 +3038,14 @@ def fenced(draft, tag):
         notes.append("given by %d members" % len(draft.slots))
     note = ' note="%s"' % "; ".join(notes) if notes else ""
     return '<draft-%s letter="%s"%s>\n%s\n</draft-%s>' % (
-        tag, draft.letter, note, draft.text.replace(tag, ""), tag)
+        tag, draft.letter, note, untagged(draft.text, tag), tag)
+
+
+def untagged(text, tag):
+    """Return a text without the tag, also where taking it out would put it together anew."""
+    while tag in text:
+        text = text.replace(tag, "")
+    return text
 
 
 def panel_slots(config):
@@ -3115,7 +3161,10 @@ class Panel:
         except FusionError as error:
             self.failed(slot, error)
             return
-        if reply.refusal or (len(reply.text) < 400 and REFUSAL.match(reply.text)):
+        if not reply.text.strip() and not reply.refusal:
+            self.failed(slot, CallError("called tools and answered nothing"))
+            return
+        if reply.refusal or (len(reply.text) < 300 and REFUSAL.match(reply.text)):
             self.refusals.append(reply)
             self.failed(slot, CallError("refused: %s" % clip(fold(reply.text), 80)), spare=False)
             return
@@ -3124,12 +3173,18 @@ class Panel:
 
     def failed(self, slot, error, spare=True):
         over_budget = isinstance(error, LimitError) and error.status == 402
-        code = "budget_cut" if over_budget else "member_failed"
+        late = self.run.clock() >= self.deadline - 0.05  # its call ends at the same moment
+        code = "budget_cut" if over_budget else "member_late" if late else "member_failed"
         self.failures.append((slot, error))
         self.run.degrade(code, "panel", slot.name, error.message)
-        self.tell(slot, "failed", reason=error.message)
-        if spare and self.spares and not over_budget:
-            self.start(slot._replace(member=self.spares.pop(0)))
+        self.tell(slot, "late" if late else "failed", reason=error.message)
+        if spare and self.spares and not over_budget and not late:
+            member = self.spares.pop(0)
+            warmth = slot.temperature if slot.member.temperature is None else \
+                self.config.temperature
+            if member.temperature is not None:
+                warmth = member.temperature
+            self.start(slot._replace(member=member, temperature=warmth))
 
     def lateness(self):
         """Return why waiting for the others is over, or None. Raises Cancelled, LimitError."""
@@ -3168,10 +3223,10 @@ class Panel:
 
 
 def merged(drafts):
-    """Return the drafts with equal ones as one; white space does not tell them apart."""
+    """Return the drafts with equal ones as one; blanks at line ends do not tell them apart."""
     found = collections.OrderedDict()
     for draft in drafts:
-        key = fold(draft.text)
+        key = "\n".join(line.rstrip() for line in draft.text.strip().splitlines())
         if key in found:
             draft = found[key]._replace(slots=found[key].slots + draft.slots)
         found[key] = draft
@@ -3229,10 +3284,13 @@ def judge(config, messages, drafts, run):
         reply = ask_judge(config, messages, prompt, view, cap)
         if reply.cut:
             reply = ask_judge(config, messages, prompt, view, 2 * cap)
+            if reply.cut:
+                run.degrade("judge_repaired", "judge", config.judge.name,
+                            "cut off twice; what had come until then is used")
         found = loose_object(reply.text, set(ANALYSIS_SCHEMA["properties"]))
         if found is None:
             repair = REPAIR_PROMPT.format(tag=run.tag, count=plural(len(drafts), "draft"),
-                                          reply=clip(reply.text, 20_000).replace(run.tag, ""))
+                                          reply=untagged(clip(reply.text, 20_000), run.tag))
             reply = ask_judge(config, messages, repair, view, cap)
             found = loose_object(reply.text, set(ANALYSIS_SCHEMA["properties"]))
             run.degrade("judge_repaired", "judge", config.judge.name, "it had answered in prose")
@@ -3315,6 +3373,9 @@ class AnalysisCheck:
     def contradictions(self, found):
         good = []
         for entry in self.entries(found, "contradictions", dict):
+            if not isinstance(entry.get("positions"), list):
+                self.invalid += 1
+                continue
             positions = self.supported(
                 entry, "positions", self.quoted,
                 lambda position, letters: {"letters": letters, "stance": words(position, "stance"),
@@ -3361,8 +3422,8 @@ def findings(analysis, tag):
         return ""
     held = {name: value for name, value in vars(analysis).items()
             if value and name != "unsupported"}
-    return FINDINGS.format(tag=tag, analysis=json.dumps(held, ensure_ascii=False, indent=1)
-                           .replace(tag, ""))
+    return FINDINGS.format(tag=tag, analysis=untagged(
+        json.dumps(held, ensure_ascii=False, indent=1), tag))
 
 
 def public_analysis(analysis, drafts):
@@ -3427,7 +3488,6 @@ def synthesize(config, messages, drafts, analysis, run, params):
     if not drafts:
         raise failure
     best = stand_in(drafts, analysis)
-    run.emit("answer", text=best.text)
     return Reply(best.text, finish="length" if best.cut else "stop"), best.names[0]
 
 
@@ -3437,11 +3497,10 @@ def write(config, writer, messages, run, role, params, live):
     A live answer that ends in the middle is a BackendError: what was shown cannot be taken back.
     """
     run.emit("stage", stage=role, state="running", model=writer.name)
-    shown = []
 
     def on_delta(text, thought):
         if live and text:
-            shown.append(text)
+            run.shown = True
             run.emit("answer", text=text)
 
     cap = {} if params.keys() & {"max_tokens", "max_completion_tokens"} else \
@@ -3452,8 +3511,10 @@ def write(config, writer, messages, run, role, params, live):
     try:
         reply = complete(run, writer, seen_by(writer, messages, run, role), role=role,
                          on_delta=on_delta, relayed=live, **sent)
+        if not reply.text.strip() and not params.get("tools"):
+            raise CallError("called tools that nobody offers", kind="empty")
     except CallError as error:
-        if not shown:
+        if not run.shown:
             raise
         run.degrade("stream_cut", role, writer.name, error.message)
         raise BackendError("the answer was cut off in the middle: %s" % error.message,
@@ -3474,7 +3535,7 @@ def stand_in(drafts, analysis):
 def refine(config, messages, analysis, reply, run, params):
     """Return the reply after one checklist pass, or as it was when the pass made it worse."""
     writer = config.writer
-    prompt = REFINE_PROMPT.format(tag=run.tag, answer=reply.text.replace(run.tag, ""),
+    prompt = REFINE_PROMPT.format(tag=run.tag, answer=untagged(reply.text, run.tag),
                                   findings=findings(analysis, run.tag))
     try:
         better = write(config, writer, list(messages) + [user(prompt)], run, "refine", params,
@@ -3517,8 +3578,10 @@ def final_answer(text):
     lines = [line for line in text.splitlines() if line.strip()]
     found = boxed[-1] if boxed else said[-1] if said else lines[-1] if lines else ""
     found = fold(found.strip(" \t*_`\"'$.")).lower().rstrip(".!")
-    if re.fullmatch(r"-?[\d,]+(\.\d+)?", found):
-        return "%g" % float(found.replace(",", "")) if len(found) < 15 else found.replace(",", "")
+    number = re.fullmatch(r"\+?(-?)0*(\d[\d,]*)(?:\.(\d*?)0*)?", found)
+    if number:
+        sign, whole, part = number.groups()
+        return sign + whole.replace(",", "") + ("." + part if part else "")
     return found
 
 
@@ -3545,8 +3608,8 @@ def depth_of(config, messages, params):
         return "solo", "auto: an answer of at most %d tokens" % cap
     if TRIVIAL.search(last[0][:2000]):
         return "solo", "auto: a title, tags or one word"
-    if len(last[0].split()) <= 2 and not params.get("tools"):
-        return "solo", "auto: %s" % plural(len(last[0].split()), "word")
+    if GREETING.fullmatch(last[0]):
+        return "solo", "auto: a greeting"
     return "fuse", "auto: not trivial"
 
 
@@ -3577,10 +3640,9 @@ def fuse(config, messages, run, params=None):
     if reply is None:
         with run.timed("synth"):
             reply, author = synthesize(config, messages, drafts, analysis, run, params)
-        if config.refine:
+        if config.refine and not reply.tool_calls:
             with run.timed("refine"):
                 reply = refine(config, messages, analysis, reply, run, params)
-            run.emit("answer", text=reply.text)
     return finished(config, run, reply, author, drafts, analysis, why)
 
 
@@ -3606,7 +3668,6 @@ def without_judge(config, drafts, run):
     chosen = drafts[0] if not drafts[0].slots else vote(drafts) if config.vote else None
     if chosen is None:
         return None, ""
-    run.emit("answer", text=chosen.text)
     return Reply(chosen.text, refusal=not chosen.slots, finish="length" if chosen.cut else "stop"
                  ), chosen.names[0] if chosen.slots else ""
 
@@ -3614,10 +3675,13 @@ def without_judge(config, drafts, run):
 def finished(config, run, reply, author, drafts, analysis, why):
     """Return the Result with its receipt, and tell the listener that the run is over."""
     receipt = receipt_of(config, run, author, drafts, analysis, why)
+    if not run.shown:
+        run.emit("answer", text=reply.text)
     run.emit("end", receipt=receipt)
     counted = run.ledger.records
     if config.usage_scope == "answer":
-        counted = [record for record in counted if record.role in ("synth", "refine")]
+        counted = [record for record in counted if record.role in ("synth", "refine")] or \
+            [record for record in counted if record.model == author]
     return Result(reply, drafts, add_up(counted).usage, receipt)
 
 

@@ -81,9 +81,8 @@ class Display:
             return
         if char == "\n" or self.column + width > self.columns:
             self.row, self.column = self.row + 1, 0
-            self.rows += [{}] * (self.row - len(self.rows) + 1)
+            self.rows += [{} for _ in range(self.row - len(self.rows) + 1)]
         if char != "\n":
-            self.rows[self.row] = dict(self.rows[self.row], **{})
             self.rows[self.row][self.column] = char
             self.column += width
 

@@ -1,0 +1,473 @@
+"""The command line: bad input gets one error and one hint, and the small commands tell the truth."""
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+from typing import NamedTuple, Optional
+
+import pytest
+
+from conftest import FUSION_PY, ROOT, run_fusion
+from test_talk import Program, lines_with, unharmed, write_setup
+from upstream import Reply, Upstream, error_reply
+
+MB = 1000 * 1000
+QUICK = '{"panel": ["m/a", "m/b"], "max_retries": 0}'
+FILES = {
+    "good.json": QUICK,
+    "list.json": "[]",
+    "empty.json": "",
+    "wrong.json": '{"panel": ["m/a"],\n  "judge": }',
+    "comma.json": '{"panel": ["m/a",]}',
+    "typo.json": '{"panel": ["m/a"], "jugde": "m/j"}',
+    "nested.json": '{"panel": ["m/a", {"model": "m/b", "temprature": 1}]}',
+    "type.json": '{"panel": ["m/a"], "layers": "two"}',
+    "range.json": '{"panel": ["m/a"], "samples": 9}',
+    "panel.json": '{"panel": "m/a"}',
+    "nobody.json": '{"judge": "m/j"}',
+    "twice.json": '{"panel": ["m/a"], "panel": ["m/b"]}',
+    "latin1.json": '{"panel": ["caf\u00e9"]}'.encode("latin-1"),
+    "nested-key.json": '{"panel": [{"model": "m/a", "api_key": "sk-1"}]}',
+    "binary.dat": b"words\0more words",
+    "latin1.txt": "caf\u00e9".encode("latin-1"),
+    "large.txt": b"x" * 5 * MB,
+    "late.env": b"\xff\xfe",
+}
+
+
+class Bad(NamedTuple):
+    """Input that is refused: the arguments, and words that the complaint has to hold."""
+
+    argv: tuple
+    words: tuple
+    stdin: Optional[bytes] = None
+
+
+def bad(line, *words, stdin=None):
+    """A Bad from a command line of plain words; `?` at the end stands for a prompt."""
+    argv = tuple("why?" if word == "?" else word for word in line.split())
+    return pytest.param(Bad(argv, words, stdin), id=line)
+
+
+def config(name, *words):
+    return bad("ask --config ./%s ?" % name, name, *words)
+
+
+def bytes_of(name, argv, words, stdin=None):
+    return pytest.param(Bad(argv, words, stdin), id=name)
+
+
+BAD = [
+    # configurations
+    config("missing.json", "No such file"), config("folder", "directory"),
+    config("wrong.json", "line 2", "column 12"), config("comma.json", "line 1"),
+    config("empty.json", "line 1, column 1"),
+    config("list.json", "a list", "object"), config("typo.json", "jugde", "did you mean judge?"),
+    config("nested.json", "panel[1].temprature", "did you mean temperature?"),
+    config("type.json", "layers", "whole number"), config("range.json", "samples", "1 to 8", "9"),
+    config("panel.json", "panel", "list"), config("nobody.json", "panel", "missing"),
+    config("twice.json", "panel", "twice"), config("latin1.json", "UTF-8"),
+    config("nested-key.json", "api_key"),
+    bad("ask --config nosuch ?", "nosuch", "budget"),
+    bad("ask --config bugdet ?", "did you mean budget?"),
+    bad("ask --config good ?", "good"),
+    bad("ask --env-file missing.env ?", "missing.env", "No such file"),
+    bad("ask --env-file late.env ?", "late.env", "UTF-8"),
+    # prompts
+    bytes_of("no prompt", ("ask",), ("prompt", "empty")),
+    bytes_of("0 bytes", ("ask", ""), ("empty",)),
+    bytes_of("blanks", ("ask", " \n\t"), ("empty",)),
+    bytes_of("0 bytes by pipe", ("ask", "-"), ("empty",), b""),
+    bytes_of("blanks by pipe", ("ask",), ("empty",), b" \n"),
+    bytes_of("5 MB by pipe", ("ask", "-"), ("5.0 MB",), b"x" * 5 * MB),
+    bytes_of("21 MB by pipe", ("ask", "-"), ("MB",), b"x" * 21 * MB),
+    bytes_of("lone surrogate", ("ask", b"caf\xff"), ("Unicode",)),
+    bytes_of("lone surrogate in --system", ("ask", "--system", b"\xff", "why?"), ("Unicode",)),
+    bytes_of("pipe not UTF-8", ("ask", "why?"), ("UTF-8",), b"caf\xe9"),
+    bytes_of("binary pipe", ("ask", "why?"), ("binary",), b"\0\1\2"),
+    # files
+    bad("ask --file missing.txt ?", "missing.txt", "No such file"),
+    bad("ask --file folder ?", "folder", "directory"),
+    bad("ask --file binary.dat ?", "binary.dat", "binary"),
+    bad("ask --file latin1.txt ?", "latin1.txt", "UTF-8"),
+    bad("ask --file large.txt ?", "5.0 MB"),
+    bad("ask -o missing/answer.md ?", "missing/answer.md", "No such file"),
+    bad("ask -o folder ?", "folder", "directory"),
+    # commands and flags
+    bad("aks ?", "aks", "did you mean ask?"), bad("preset", "did you mean presets?"),
+    bad("frobnicate", "frobnicate", "ask"),
+    bad("ask --modle m/a ?", "--modle", "did you mean --mode?"),
+    bad("ask --panle m/a,m/b ?", "did you mean --panel?"), bad("ask --fil x ?", "--fil"),
+    bad("ask why not", "not"), bad("ask ? --file", "--file"), bad("--fake", "--fake"),
+    bad("--nosuch ask ?", "--nosuch"), bad("show --draft", "did you mean --drafts?"),
+    bad("models nosuch", "nosuch"), bad("presets lst", "lst"), bad("presets show", "budget"),
+    bad("presets show bugdet", "did you mean budget?"),
+    bad("presets --export good.json", "good.json"), bad("show", "last run"),
+    # values
+    bad("ask --layers 9 ?", "--layers", "1 to 4"), bad("ask --layers two ?", "--layers", "two"),
+    bad("ask --max-cost -1 ?", "--max-cost", "-1"), bad("ask --max-cost nan ?", "--max-cost"),
+    bad("ask --samples x ?", "--samples", "'x'"), bad("ask --samples 0 ?", "--samples", "1 to 8"),
+    bad("ask --timeout 0 ?", "--timeout"), bad("ask --timeout inf ?", "--timeout"),
+    bad("ask --mode fuze ?", "--mode", "fuse"), bad("ask --panel , ?", "--panel"),
+    bad("ask --panel %s ?" % ",".join(["m/a"] * 17), "--panel", "16"),
+    bad("fake --port 99999", "99999"), bad("fake --port -1", "-1"), bad("fake --port x", "--port"),
+]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with FILES, in which the program is started."""
+    folder = tmp_path_factory.mktemp("place")
+    (folder / "folder").mkdir()
+    for name, content in FILES.items():
+        data = content if isinstance(content, bytes) else content.encode()
+        (folder / name).write_bytes(data)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def backend():
+    """A backend that answers everything, so that only the program itself can refuse."""
+    with Upstream({"*": "an answer"}) as up:
+        yield up
+
+
+def run_bytes(argv, **more):
+    """run_fusion with arguments that may be bytes, as a shell can give them."""
+    return run_fusion(*[os.fsdecode(arg) for arg in argv], **more)
+
+
+def check_complaint(found, code, *words):
+    """Hold an error to its form: one error line, one hint line, nothing on stdout."""
+    assert (found.code, found.out) == (code, ""), found
+    assert unharmed(found), found.err
+    lines = [line for line in found.err.splitlines() if not line.startswith("member ")]
+    assert [line.split(" ")[0] for line in lines] == ["error:", "hint:"], found.err
+    assert all(len(line.split()) > 1 for line in lines)
+    assert [word for word in words if word not in lines[0]] == [], lines[0]
+    return lines[1]
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_gets_one_error_and_one_hint_before_anything_is_done(place, backend, case):
+    before, asked = set(place.rglob("*")), len(backend.requests)
+    found = run_bytes(case.argv, stdin=case.stdin, cwd=place, env={"FUSION_BASE_URL": backend.url})
+    check_complaint(found, 2, *case.words)
+    assert set(place.rglob("*")) == before and len(backend.requests) == asked
+
+
+@pytest.mark.parametrize("env, argv, word", [
+    ({}, (), "OPENROUTER_API_KEY"), ({}, ("--config", "openai"), "OPENROUTER_API_KEY"),
+    ({"FUSION_BASE_URL": "https://api.openai.com/v1"}, (), "OPENAI_API_KEY"),
+    ({"FUSION_BASE_URL": "ftp://host"}, (), "FUSION_BASE_URL"),
+    ({"FUSION_BASE_URL": "http://u:p@host"}, (), "FUSION_BASE_URL"),
+    ({"FUSION_CONFIG": "./gone.json"}, (), "presets")],
+    ids=["nothing-set", "preset", "openai", "no-http", "password", "variable"])
+def test_a_missing_key_or_a_bad_variable_is_named(place, env, argv, word):
+    found = run_fusion("ask", *argv, "why?", cwd=place, env=env)
+    assert word in check_complaint(found, 2)
+
+
+# ---- a backend that is no use -----------------------------------------------------------------
+
+HTML = Reply(body=b"<!doctype html><title>Hi</title>", content_type="text/html")
+USELESS = {
+    "key": (error_reply(401, "Incorrect API key provided"), "401", "FUSION_API_KEY"),
+    "forbidden": (error_reply(403, "not for you"), "403", "FUSION_API_KEY"),
+    "credit": (error_reply(402, "no more credit"), "402", "credit"),
+    "model": (error_reply(404, "No such model", "model_not_found"), "404", "models --refresh"),
+    "html": (HTML, "HTML", "FUSION_BASE_URL"),
+    "nothing": (Reply(""), "nothing", ""),
+    "reasoning": (Reply("", reasoning="hm"), "reasoning", ""),
+    "broken": (Reply(status=500), "500", ""),
+    "json": (Reply(body=b'"hello"'), "not JSON", "FUSION_BASE_URL"),
+    "redirect": (Reply(status=302, headers={"Location": "http://127.0.0.1:9/"}), "302", ""),
+    "cut": (Reply("some words", cut_after=2), "cut", ""),
+}
+
+
+@pytest.mark.parametrize("mode", ["fuse", "solo"])
+@pytest.mark.parametrize("name", list(USELESS))
+def test_a_backend_without_an_answer_is_exit_3_with_its_reason(place, name, mode):
+    reply, reason, hint = USELESS[name]
+    with Upstream({"*": reply}) as up:
+        found = run_fusion("ask", "--config", "./good.json", "--mode", mode, "why?", cwd=place,
+                           env={"FUSION_BASE_URL": up.url, "FUSION_API_KEY": "sk-12345678"})
+    assert hint in check_complaint(found, 3, reason)
+    assert "sk-12345678" not in found.err
+    if mode == "fuse":
+        assert found.err.count("m/a") >= 2 and found.err.count("m/b") >= 2, "each has its reason"
+
+
+def closed_url():
+    """A loopback URL at which nothing listens."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return "http://127.0.0.1:%d/v1" % server.getsockname()[1]
+
+
+@pytest.mark.parametrize("line", [
+    "ask --config ./good.json ?", "ask --config ./good.json --mode solo ?", "ask ?",
+    "models --refresh"])
+def test_a_dead_backend_is_exit_3(place, line):
+    argv = ["why?" if word == "?" else word for word in line.split()]
+    found = run_fusion(*argv, cwd=place, env={"FUSION_BASE_URL": closed_url()})
+    check_complaint(found, 3, "127.0.0.1")
+
+
+@pytest.mark.parametrize("reply", [HTML, Reply(status=500), error_reply(401, "no"),
+                                   Reply(body=b'{"data": []}')],
+                         ids=["html", "broken", "key", "none"])
+def test_a_backend_that_lists_no_models_is_exit_3(reply):
+    with Upstream({"*": "an answer"}) as up:
+        up.models_reply = reply
+        found = run_fusion("ask", "why?", env={"FUSION_BASE_URL": up.url})
+    check_complaint(found, 3)
+
+
+def test_a_traceback_is_shown_to_those_who_ask_for_it(place):
+    found = run_fusion("ask", "--debug", "--config", "nosuch", "why?", cwd=place)
+    assert found.code == 2 and "Traceback" in found.err
+    assert len(lines_with("error: ", found.err)) == len(lines_with("hint: ", found.err)) == 1
+
+
+# ---- streams that cannot be written -----------------------------------------------------------
+
+FULL = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
+
+
+@FULL
+@pytest.mark.parametrize("argv", [
+    ("ask", "--fake", "hi", "--quiet"), ("ask", "--fake", "hi", "--quiet", "--stream"),
+    ("ask", "--fake", "hi", "--quiet", "-o", "/dev/full"), ("presets",), ("--help",), ()],
+    ids=lambda argv: " ".join(argv) or "bare")
+def test_a_full_disk_is_named_and_is_no_defect(tmp_path, argv):
+    with open("/dev/full", "w") as full, Program(tmp_path, *argv, stdout=full) as running:
+        found = running.end()
+    assert found.code not in (0, 120) and unharmed(found), found.err
+    assert "No space left" in "".join(lines_with("error: ", found.err))
+
+
+@pytest.mark.parametrize("descriptor", [0, 1, 2])
+def test_a_stream_that_is_closed_does_no_harm(tmp_path, descriptor):
+    shell = "exec %s %d>&-" % (" ".join(['"$0"', '"$1"', "ask", "--fake", "hi"]), descriptor)
+    with closed_program(tmp_path, shell) as running:
+        found = running.end()
+    assert unharmed(found), found.err
+    assert found.code == 0 and ("[fake]" in found.out) == (descriptor != 1)
+
+
+@contextlib.contextmanager
+def closed_program(home, shell):
+    """The program as a shell starts it, with its first two arguments python and fusion.py."""
+    class Shelled(Program):
+        def start(self, command, env, files):
+            return super().start(["sh", "-c", shell] + command[:2], env, files)
+
+    with Shelled(home) as running:
+        yield running
+
+
+@pytest.mark.parametrize("argv", [("--help",), ("presets",), ("models", "--json"), ()],
+                         ids=lambda argv: " ".join(argv) or "bare")
+def test_a_reader_that_has_left_ends_the_small_commands_without_a_word(tmp_path, argv):
+    reading, writing = os.pipe()
+    os.close(reading)
+    with Program(tmp_path, *argv, stdout=writing) as running:
+        os.close(writing)
+        found = running.end()
+    assert found.code in (141, -signal.SIGPIPE) and found.err == ""
+
+
+# ---- help -------------------------------------------------------------------------------------
+
+COMMANDS = ["ask", "fake", "presets", "models", "show"]
+
+
+def test_the_bare_program_says_what_it_is_in_a_few_lines():
+    found = run_fusion()
+    lines = found.out.splitlines()
+    assert found.code == 0 and found.err == "" and 0 < len(lines) < 15
+    assert lines[0].startswith("fusion.py ") and lines[0].count(".") >= 2
+    assert len(lines_with("  python3 fusion.py ", found.out)) == 3
+    assert max(map(len, lines)) <= 100
+
+
+@pytest.mark.parametrize("command", [None] + COMMANDS, ids=str)
+def test_help_starts_with_examples_that_work(command):
+    found = run_fusion(*[command] * bool(command), "--help")
+    lines = found.out.splitlines()
+    assert found.code == 0 and found.err == "" and lines[0] == "Examples:"
+    examples = [line for line in lines[1:lines.index("")]]
+    assert examples and all("python3 fusion.py %s" % (command or "") in line for line in examples)
+    assert found.out.index("usage:") > found.out.index(examples[-1])
+
+
+def test_the_help_names_every_command():
+    text = run_fusion("-h").out
+    assert [name for name in COMMANDS if not re.search(r"^\s+%s\s" % name, text, re.M)] == []
+
+
+def test_the_version_is_that_of_the_file(fusion):
+    found = run_fusion("--version")
+    assert (found.code, found.out, found.err) == (0, "fusion.py %s\n" % fusion.VERSION, "")
+
+
+@pytest.mark.parametrize("command", ["ask", "fake", "presets", "models", "show"])
+def test_every_command_takes_the_flags_of_every_command(command):
+    text = run_fusion(command, "--help").out
+    flags = ["--json", "--quiet", "--debug", "--no-color"]
+    if command == "ask":
+        flags += ["--config", "--fake", "--max-cost", "--timeout", "--env-file", "--panel",
+                  "--judge", "--synthesizer", "--refine", "--no-refine", "--layers", "--samples",
+                  "--mode", "--vote", "--tools", "--estimate", "--file", "--system", "-o"]
+    assert [flag for flag in flags if not re.search(r"%s\b" % flag, text)] == []
+
+
+# ---- presets ----------------------------------------------------------------------------------
+
+def test_presets_lists_panel_judge_and_writer_of_each(fusion):
+    text = run_fusion("presets").out
+    for name, values in fusion.PRESETS.items():
+        block = re.search(r"^%s .*(\n .*)*" % name, text, re.M).group(0)
+        named = [values.get("judge", ""), values.get("synthesizer", "")]
+        named += [member if isinstance(member, str) else member["model"]
+                  for member in values["panel"] if values["panel"] != "auto"]
+        assert [model for model in named if model not in block] == []
+        assert "judge" in block and "writer" in block
+    assert run_fusion("presets", "list").out == text
+
+
+def test_presets_in_json_are_the_presets(fusion):
+    assert json.loads(run_fusion("presets", "--json").out) == fusion.PRESETS
+    for name in ("budget", "local"):
+        assert json.loads(run_fusion("presets", "show", name).out) == fusion.PRESETS[name]
+
+
+def test_exported_presets_can_be_used_and_are_not_overwritten(fusion, tmp_path):
+    folder = tmp_path / "new" / "presets"
+    found = run_fusion("presets", "--export", folder)
+    assert found.code == 0 and found.out == ""
+    written = {path.stem: json.loads(path.read_text()) for path in folder.iterdir()}
+    assert written == fusion.PRESETS
+    used = run_fusion("ask", "--estimate", "--config", folder / "frontier.json", "hello")
+    assert used.code == 0 and "openai/gpt-5.5" in used.out
+    (folder / "self.json").write_text("my own")
+    assert run_fusion("presets", "--export", folder).code == 2
+    assert (folder / "self.json").read_text() == "my own"
+
+
+def test_an_export_that_would_overwrite_one_writes_none(tmp_path):
+    (tmp_path / "local.json").write_text("my own")
+    check_complaint(run_fusion("presets", "--export", tmp_path), 2)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"local.json": "my own"}
+
+
+# ---- models -----------------------------------------------------------------------------------
+
+def rows_of(text):
+    return [re.split(r"\s{2,}", line.strip()) for line in text.splitlines()]
+
+
+def test_models_shows_the_price_table_with_its_date(fusion):
+    found = run_fusion("models")
+    rows = rows_of(found.out)
+    assert rows[0][0] == "model" and len(rows) == len(fusion.PRICES) + 1
+    assert ["openai/gpt-5.5", "5", "30", "0.5", "1,050,000"] in rows
+    assert fusion.PRICES_DATE in found.err
+
+
+def test_models_in_json_has_the_same_numbers(fusion):
+    found = json.loads(run_fusion("models", "--json").out)
+    row = {row["id"]: row for row in found["models"]}["openai/gpt-5.5"]
+    assert (row["input"], row["output"], row["cached_input"]) == (5, 30, 0.5)
+    assert fusion.PRICES_DATE in found["source"]
+
+
+def test_models_refresh_asks_the_backend_for_what_it_has():
+    listed = [{"id": "m/new", "context_length": 8192, "pricing": {
+        "prompt": "0.000001", "completion": "0.0000025", "input_cache_read": "0.0000001"}},
+        {"id": "m/bare"}, {"id": "openai/gpt-5.5"}, {"id": "m/odd", "pricing": "free"}]
+    with Upstream(models=listed) as up:
+        env = {"FUSION_BASE_URL": up.url}
+        found = run_fusion("models", "--refresh", env=env)
+        data = json.loads(run_fusion("models", "--refresh", "--json", env=env).out)
+    assert found.code == 0
+    assert rows_of(found.out)[1:] == [
+        ["m/new", "1", "2.5", "0.1", "8,192"], ["m/bare", "-", "-", "-", "-"],
+        ["openai/gpt-5.5", "5", "30", "0.5", "1,050,000"], ["m/odd", "-", "-", "-", "-"]]
+    assert data["models"][0]["output"] == 2.5 and data["models"][1]["input"] is None
+    assert [request.path for request in up.requests] == ["/v1/models"] * 2
+
+
+def test_models_refresh_of_the_fake_lists_the_fakes():
+    found = run_fusion("models", "--refresh", "--fake")
+    assert found.code == 0 and len(lines_with("fake/", found.out)) == 3
+    assert len(found.out.splitlines()) == 4 and "fake" in found.err
+
+
+# ---- where settings come from -------------------------------------------------------------------
+
+def test_nothing_is_discovered_in_the_current_folder(tmp_path):
+    """Neither a .env, nor a configuration, nor a preset, nor a module that lies there is used."""
+    with Upstream({"*": "an answer"}) as up:
+        planted = {
+            ".env": "FUSION_BASE_URL=%s\nFUSION_API_KEY=sk-1\n" % up.url,
+            "config.json": QUICK, "fusion.json": QUICK, "budget.json": QUICK,
+            "json.py": "raise SystemExit('planted')"}
+        for name, words in planted.items():
+            (tmp_path / name).write_text(words)
+        check_complaint(run_fusion("ask", "why?", cwd=tmp_path), 2)
+        found = run_fusion("ask", "--estimate", "--config", "budget", "why?", cwd=tmp_path)
+        assert "google/gemini" in found.out and up.requests == []
+
+
+def test_settings_come_from_flag_then_variable_then_home(tmp_path):
+    names = {}
+    for name in ("flag", "variable", "home"):
+        names[name] = tmp_path / (name + ".json")
+        names[name].write_text('{"panel": ["m/%s"], "max_retries": 0}' % name)
+    folder = tmp_path / ".config" / "fusion"
+    folder.mkdir(parents=True)
+    names["home"].rename(folder / "config.json")
+
+    def panel(*argv, **env):
+        found = run_fusion("ask", "--estimate", "--json", *argv, "why?", env=env, home=tmp_path)
+        return json.loads(found.out)["calls"][0]["model"]
+
+    variable = {"FUSION_CONFIG": names["variable"]}
+    assert panel() == "m/home"
+    assert panel(**variable) == "m/variable"
+    assert panel("--config", names["flag"], **variable) == "m/flag"
+
+
+def test_an_env_file_sets_the_backend_and_its_key(tmp_path):
+    with Upstream({"*": "an answer"}, models=["m/a"]) as up:
+        (tmp_path / "my.env").write_text(
+            "# mine\nexport FUSION_BASE_URL=%s\nFUSION_API_KEY='sk-mine'\n" % up.url)
+        found = run_fusion("ask", "--env-file", tmp_path / "my.env", "why is it?")
+    assert (found.code, found.out) == (0, "an answer\n")
+    assert {request.headers.get("authorization") for request in up.posts()} == {"Bearer sk-mine"}
+
+
+# ---- without a home -----------------------------------------------------------------------------
+
+@pytest.mark.parametrize("env", [
+    {"HOME": None, "XDG_STATE_HOME": None}, {"HOME": "/nonexistent", "XDG_STATE_HOME": None},
+    {"HOME": "", "XDG_STATE_HOME": ""}, {"XDG_STATE_HOME": "/proc/nothing"}],
+    ids=["none", "missing", "empty", "not-writable"])
+def test_a_home_that_is_no_home_costs_no_answer(tmp_path, env):
+    with Upstream({"*": "an answer"}) as up:
+        path = write_setup(tmp_path)
+        env = dict(env, FUSION_BASE_URL=up.url, FUSION_HISTORY="0" if "HOME" in env else None)
+        found = run_fusion("ask", "--config", path, "why is it?", cwd=tmp_path, env=env)
+    assert (found.code, found.out) == (0, "an answer\n") and unharmed(found)
+
+
+def test_the_program_runs_from_any_folder_and_through_a_link(tmp_path):
+    link = tmp_path / "linked.py"
+    link.symlink_to(FUSION_PY)
+    found = run_fusion("presets", "show", "budget", path=link, cwd=tmp_path)
+    assert found.code == 0 and json.loads(found.out)["judge"]
