@@ -102,11 +102,12 @@ class FusionError(Exception):
     exit_code = 1
     status = 500
     code = "internal_error"
+    usual_hint = ""
 
     def __init__(self, message, hint="", **details):
         super().__init__(message)
         self.message = message
-        self.hint = hint
+        self.hint = hint or self.usual_hint
         self.param = details.pop("param", None)
         for name, value in details.items():
             setattr(self, name, value)
@@ -126,6 +127,7 @@ class BackendError(FusionError):
     """The backend gave no usable answer. One call's failure carries more: see CallError."""
 
     exit_code, status, code = 3, 502, "panel_failed"
+    usual_hint = PROGRAM + " models --refresh asks the backend what it has"
 
 
 class LimitError(FusionError):
@@ -135,9 +137,13 @@ class LimitError(FusionError):
 
 
 class Cancelled(FusionError):
-    """The work was ended from outside: Ctrl-C, a client that left, or a late member cut off."""
+    """The work was ended from outside: Ctrl-C, a client that left, or a late member cut off.
+
+    `accepted` is true when a request had been sent by then, which may be billed.
+    """
 
     exit_code, status, code = 130, 499, "cancelled"
+    accepted = False
 
 
 class CallError(BackendError):
@@ -1677,7 +1683,7 @@ class Network:
         self.idle = {}
         self.context = None
         self.lessons = {}
-        self.lists = {}
+        self.local = {}
         self.turns = threading.Condition()
         self.busy = collections.Counter()
 
@@ -1736,19 +1742,20 @@ class Network:
         """Return {lesson: why} of what this backend and model refused so far."""
         return self.lessons.setdefault((member.backend.url, member.model), {})
 
-    def price(self, member, config):
+    def price(self, member, config, cancel=None):
         """Return the Price of a member, or None. Local engines on this machine cost nothing."""
         known = price_of(member, config)
         backend = member.backend
         if known is not None or not backend.loopback:
             return known
-        if backend.url not in self.lists:
+        if backend.url not in self.local:
             try:
-                self.lists[backend.url] = get_models(self, backend, seconds=2.0)
-            except FusionError:
-                self.lists[backend.url] = []
-        owners = {str(model.get("owned_by")).lower() for model in self.lists[backend.url]}
-        return LOCAL_PRICE if owners & LOCAL_OWNERS else None
+                models = get_models(self, backend, cancel, 1.0)
+            except CallError:
+                return None
+            owners = {str(model.get("owned_by")).lower() for model in models}
+            self.local[backend.url] = bool(owners & LOCAL_OWNERS)
+        return LOCAL_PRICE if self.local[backend.url] else None
 
 
 def readable(sock):
@@ -1926,7 +1933,7 @@ class Exchange:
             yield
         except (OSError, HTTPException, EOFError, ValueError) as error:
             if self.ended:
-                raise Cancelled(self.ended)
+                raise Cancelled(self.ended, accepted=self.sent)
             if isinstance(error, socket.timeout):
                 raise CallError("no complete answer after %.1f s"
                                 % (time.monotonic() - self.started),
@@ -1947,7 +1954,7 @@ class Exchange:
 def connection_error(backend, error, started):
     """Return the CallError for a connection that failed before or while answering."""
     name = type(error).__name__
-    words = fold(str(error) or name)
+    words = backend.redact(fold(str(error) or name))
     if name == "SSLCertVerificationError":
         return CallError("the certificate of %s was not accepted: %s" % (backend.place, words),
                          "export SSL_CERT_FILE=/etc/ssl/certs/ca-certificates.crt", kind="tls")
@@ -2125,6 +2132,9 @@ def usage_of(value):
                  float(cost) if known else None)
 
 
+FINISHES = {"length": "length", "max_tokens": "length", "content_filter": "content_filter"}
+
+
 class Assembler:
     """Puts a reply together from the chunks of a stream, or from one whole answer."""
 
@@ -2173,7 +2183,8 @@ class Assembler:
         content = part_text(delta.get("content"))
         if content:
             self.add(*self.filter.feed(content))
-        for call in delta.get("tool_calls") or []:
+        calls = delta.get("tool_calls")
+        for call in calls if isinstance(calls, list) else []:
             if isinstance(call, dict):
                 self.add_call(call)
 
@@ -2187,13 +2198,13 @@ class Assembler:
 
     def add_call(self, delta):
         """Add a piece of a tool call; sloppy servers leave the index out."""
-        index = delta.get("index")
-        if not isinstance(index, int):
-            fresh = bool(delta.get("id")) or not self.calls
-            index = len(self.calls) if fresh else max(self.calls)
-        call = self.calls.setdefault(index, {"id": "", "name": "", "arguments": ""})
         function = delta.get("function")
         function = function if isinstance(function, dict) else {}
+        index = delta.get("index")
+        if not isinstance(index, int):
+            fresh = delta.get("id") or function.get("name") or not self.calls
+            index = max(self.calls, default=-1) + 1 if fresh else max(self.calls)
+        call = self.calls.setdefault(index, {"id": "", "name": "", "arguments": ""})
         call["id"] = call["id"] or str(delta.get("id") or "")
         call["name"] = call["name"] or str(function.get("name") or "")
         arguments = function.get("arguments")
@@ -2223,7 +2234,7 @@ class Assembler:
                             usage=self.usage)
         if not answer.strip() and not calls and not refusal:
             raise self.empty(thoughts)
-        finish = {"max_tokens": "length"}.get(self.finish, self.finish or "stop")
+        finish = "tool_calls" if calls else FINISHES.get(self.finish, "stop")
         return Reply(answer, thoughts, calls, finish, usage, refusal, self.model, self.logprobs)
 
     def empty(self, thoughts):
@@ -2254,34 +2265,31 @@ def read_answer(exchange, assembler):
         head = (head + piece).lstrip(b"\xef\xbb\xbf \t\r\n")
         if head:
             break
-    if head[:1] in (b"{", b"[", b"<", b""):
+    if head[:1] not in (b"d", b"e", b"i", b"r", b":"):  # data, event, id, retry, a comment
         read_whole(exchange, assembler, head + b"".join(pieces))
         return
     lines = EventLines()
-    for piece in itertools.chain([head], pieces):
-        take_events(assembler, lines.feed(piece))
-        if assembler.error:
-            return
-    take_events(assembler, lines.feed(b"", last=True))
-    if not (assembler.done or assembler.finish or assembler.error):
+    for piece in itertools.chain([head], pieces, [None]):
+        for payload in lines.feed(piece or b"", last=piece is None):
+            take_event(exchange, assembler, payload)
+            if assembler.error:
+                return
+    if not (assembler.done or assembler.finish):
         raise CallError("the stream was cut", kind="cut", retryable=True, accepted=True,
                         usage=assembler.usage)
 
 
-def take_events(assembler, payloads):
-    """Feed the payloads of one read; an error object in mid-stream ends the answer."""
-    for payload in payloads:
-        if payload.strip() == b"[DONE]":
-            assembler.done = True
-            continue
-        try:
-            assembler.feed(json.loads(payload.decode("utf-8", "replace")))
-        except (ValueError, RecursionError):
-            raise CallError("the stream holds what is not JSON: %s"
-                            % clip(payload.decode("utf-8", "replace"), 60),
-                            kind="protocol", retryable=True, accepted=True)
-        if assembler.error:
-            return
+def take_event(exchange, assembler, payload):
+    """Feed the payload of one event. Raises CallError if it is not JSON."""
+    if payload.strip() == b"[DONE]":
+        assembler.done = True
+        return
+    try:
+        assembler.feed(json.loads(payload.decode("utf-8", "replace")))
+    except (ValueError, RecursionError):
+        words = exchange.backend.redact(payload.decode("utf-8", "replace"))
+        raise CallError("the stream holds what is not JSON: %s" % clip(fold(words), 60),
+                        kind="protocol", retryable=True, accepted=True)
 
 
 def read_whole(exchange, assembler, body):
@@ -2386,14 +2394,14 @@ def retry_after(value):
         return None
     try:
         seconds = float(value)
-    except ValueError:
+    except ValueError:  # not a number of seconds, so perhaps a date
         import email.utils
         try:
             when = email.utils.parsedate_to_datetime(value)
             seconds = when.timestamp() - time.time()
         except (TypeError, ValueError, OverflowError):
             return None
-    return seconds if 0 <= seconds < 1e8 else None
+    return seconds if seconds >= 0 else None
 
 
 # What a backend refuses by name is dropped or renamed once, and remembered. Only what the answer
@@ -2409,14 +2417,14 @@ def lesson_of(error, body, known):
 
     | the refusal                                        | the lesson            |
     |----------------------------------------------------|-----------------------|
+    | speaks of the role developer, and we sent it       | developer_as_system   |
+    | speaks of tools, and we sent tool messages         | tools_as_text         |
+    | roles must alternate, and two neighbours do not    | merge_roles           |
+    | the last message must be the user's, and is not    | end_with_user         |
     | names response_format or json_schema, and we sent  | json_object, then     |
     | one                                                | drop response_format  |
-    | names the other of the two token caps              | rename_cap            |
+    | names the other token cap, or does not know ours   | rename_cap            |
     | names a droppable parameter that we sent           | drop NAME             |
-    | roles must alternate                               | merge_roles           |
-    | the last message must be the user's                | end_with_user         |
-    | the role developer is not known                    | developer_as_system   |
-    | tool messages, or their role, are not known        | tools_as_text         |
     """
     if error.upstream_status not in (400, 422, 500) or error.kind in ("context", "model"):
         return None
@@ -2430,29 +2438,32 @@ def lesson_of(error, body, known):
 def candidates(error, words, body):
     """Yield the lessons that a refusal may teach, the likeliest first."""
     named = str(error.upstream_param or "").split(".")[0]
+    roles = [message.get("role") for message in body["messages"]]
+    if "developer" in roles and "developer" in words:
+        yield "developer_as_system"
+    if "tool" in roles and "tool" in words:
+        yield "tools_as_text"
+    neighbours = any(first == second != "tool" for first, second in zip(roles, roles[1:]))
+    if neighbours and re.search(r"alternat|consecutive|same role", words):
+        yield "merge_roles"
+    if roles[-1] != "user" and re.search(r"last message|end with|prefill|final message", words):
+        yield "end_with_user"
+    if error.upstream_status == 500:
+        return
     form = body.get("response_format")
-    if form is not None and (named == "response_format" or
-                             re.search(r"response_format|json_schema|json_object|structured|"
-                                       r"grammar", words)):
+    if form is not None and (named == "response_format" or re.search(
+            r"response_format|json_schema|json_object|structured|grammar", words)):
         yield "json_object" if form.get("type") == "json_schema" else "drop response_format"
     caps = {"max_tokens", "max_completion_tokens"}
     sent = caps & set(body)
-    if sent and any(cap in words or cap == named for cap in caps - sent):
+    unknown = re.search(r"unsupported|un(recogni|expected|known)|not (support|permit|allow)|extra",
+                        words)
+    if sent and (any(cap in words or cap == named for cap in caps - sent) or
+                 unknown and any(cap in words or cap == named for cap in sent)):
         yield "rename_cap"
-    if error.upstream_status == 500 and "template" not in words and "role" not in words:
-        return
     for name in DROPPABLE:
         if name in body and (name == named or re.search(r"\b%s\b" % name, words)):
             yield "drop " + name
-    if "alternat" in words or "consecutive" in words:
-        yield "merge_roles"
-    if re.search(r"last message|end with|prefill|must be .{0,12}user", words):
-        yield "end_with_user"
-    roles = {message.get("role") for message in body["messages"]}
-    if "developer" in roles and ("developer" in words or "role" in words):
-        yield "developer_as_system"
-    if "tool" in roles and ("tool" in words or "role" in words):
-        yield "tools_as_text"
 
 
 def apply_lessons(body, lessons):
@@ -2558,7 +2569,7 @@ class Call:
     @property
     def price(self):
         """The member's Price, or None; asked when it is needed, since a backend may be asked."""
-        return self.run.network.price(self.member, self.run.config)
+        return self.run.network.price(self.member, self.run.config, self.run.cancel)
 
     def answer(self):
         """Return the Reply of the first attempt that succeeds, and record them all."""
@@ -2581,7 +2592,6 @@ class Call:
 
     def sleep_or_raise(self, error, known):
         """Wait until the next attempt makes sense, or raise the error for good."""
-        error.message = self.member.backend.redact(error.message)
         if self.relayed and self.deltas:
             raise error
         lesson = lesson_of(error, self.body(known), known)
@@ -2625,8 +2635,8 @@ class Call:
             if error.accepted:
                 cost, exact = self.bill(error.usage or assembler.usage, assembler, body)
             raise
-        except Cancelled:
-            if self.attempts:
+        except Cancelled as cancelled:
+            if cancelled.accepted:
                 cost, exact = self.bill(assembler.usage, assembler, body)
             raise
         finally:
@@ -2755,9 +2765,12 @@ def with_auto_panel(config, network, cancel=None):
             if not searching:
                 raise
             continue
-        names = [model["id"] for model in models if model.get("owned_by") != "fusion" and
-                 not NO_CHAT.search(model["id"].lower())]
-        if names:
+        fusion = any(model.get("owned_by") == "fusion" for model in models)
+        if fusion and not searching:
+            raise BackendError("%s is a fusion server itself" % backend.place,
+                               "point FUSION_BASE_URL at a model backend")
+        names = [model["id"] for model in models if not NO_CHAT.search(model["id"].lower())]
+        if names and not fusion:
             found = dataclasses.replace(config, backend=backend)
             panel = tuple(Member(name) for name in names[:16])
             origin = "auto: the models of %s" % backend.place
@@ -2970,7 +2983,8 @@ TRIVIAL = re.compile(
     r"\b(reply|respond|answer)\b.{0,20}\b(one word|a single word|yes or no|only yes|ok)\b",
     re.IGNORECASE)
 
-GREETING = re.compile(r"\W*(hi|hello|hey|thanks?|thank you|ok|okay|yes|no|test|ping|bye)\W*",
+GREETING = re.compile(r"\W*(hi|hello|hey|thanks?|thank you|ok|okay|yes|no|test|ping|bye)"
+                      r"(\W+(there|all|again))?\W*",
                       re.IGNORECASE)
 
 LETTERED = {"type": "array", "items": {"type": "string"}}
@@ -3942,6 +3956,22 @@ def clean(text):
     return str(text).translate(UNSAFE)
 
 
+def clean_line(text, width=None):
+    """Return text as one line without control characters, at most `width` columns wide."""
+    text = clean(text).replace("\n", " ")
+    if width is None or (len(text) <= width and text.isascii()):
+        return text
+    import unicodedata
+    taken = 0
+    for index, letter in enumerate(text):
+        taken += 1 + (unicodedata.east_asian_width(letter) in "WF")
+        if taken > width - 3:
+            rest = text[index:]
+            fits = len(rest) <= 3 and rest.isascii() and taken + len(rest) - 1 <= width
+            return text if fits else text[:index] + "..."
+    return text
+
+
 def money(dollars):
     """Return USD as `$0.0123` or `$12.34`, None as `cost unknown`."""
     if dollars is None:
@@ -3987,15 +4017,17 @@ class Screen:
     def paint(self, text, colour):
         return "\x1b[%sm%s\x1b[0m" % (COLOURS[colour], text) if self.color else text
 
-    def width(self):
+    def size(self):
+        """Return (columns, lines) of the terminal."""
         try:
-            return max(20, os.get_terminal_size(self.err.fileno()).columns)
+            found = os.get_terminal_size(self.err.fileno())
+            return max(20, found.columns), max(4, found.lines)
         except (OSError, ValueError):
-            return 80
+            return 80, 24
 
     def say(self, text, colour=None):
         """Write one line of talk to stderr, above the live lines."""
-        text = clean(text)
+        text = clean_line(text)
         with self.lock:
             self.erase()
             self.err.write((self.paint(text, colour) if colour else text) + "\n")
@@ -4012,6 +4044,9 @@ class Screen:
         if not self.tty or self.quiet or not self.rows:
             return
         lines = [self.line_of(row, self.t) for row in self.rows.values()]
+        room = self.size()[1] - 2
+        if len(lines) > room and not last:
+            lines = lines[-room:]
         with self.lock:
             self.erase()
             self.err.write("".join(line + "\n" for line in lines))
@@ -4033,8 +4068,7 @@ class Screen:
         state = STATES[row["state"]]
         text = "%-6s %-6s %s  %s" % (row["role"], state, row["name"], ", ".join(parts))
         colour = {"ok": "green", "...": "dim"}.get(state, "yellow")
-        text = clean(text)
-        return self.paint(clip(text, self.width() - 1) if self.tty else text, colour)
+        return self.paint(clean_line(text, self.size()[0] - 1 if self.tty else None), colour)
 
     def handle(self, event):
         """Take one event of the run."""
@@ -4199,7 +4233,8 @@ class Interrupts:
     def press(self, number, frame):
         self.count += 1
         if self.count > 1:
-            os.write(2, b"\ninterrupted\n")
+            if select.select([], [2], [], 0)[1]:
+                os.write(2, b"\ninterrupted\n")
             os._exit(130)
 
 
@@ -4229,7 +4264,7 @@ def drive(run, screen, work, on_event):
                 raise
             if interrupts.count and not heard:
                 heard = True
-                if run.stage in ("", "panel"):
+                if run.stage == "panel":
                     screen.say("interrupted: going on with the drafts that are in; "
                                "once more to stop")
                     run.hurry.set()
@@ -4314,14 +4349,18 @@ def check_prompt(words):
 
 def ask(args, config, network, screen):
     """Answer one question; returns the exit code."""
-    system = [{"role": "system", "content": args.system}] if args.system else []
-    messages = system + [user_message(args.prompt, args.file)]
+    messages = [user_message(args.prompt, args.file)]
+    if args.system:
+        check_prompt(args.system)
+        messages.insert(0, {"role": "system", "content": args.system})
     if args.estimate:
         return say_estimate(args, config, messages, screen)
-    output = Output(args.output) if args.output else None
-    run = start_run(config, network, live=screen.stream and not args.json and not output)
+    if args.output:
+        check_output(args.output)
+    live = not args.output and (args.stream or (screen.stream and not args.json))
+    run = start_run(config, network, live=live)
     events = args.json and args.stream
-    screen.stream = run.live
+    screen.stream = live and not args.json
 
     def on_event(event):
         if events:
@@ -4333,55 +4372,53 @@ def ask(args, config, network, screen):
         result = drive(run, screen, lambda: fuse(config, messages, run), on_event)
     except FusionError as error:
         error.degraded = run.degraded
-        if output:
-            output.discard()
         raise
     found = chat_completion(result, config, int(time.time()))
-    deliver(args, result, found, screen, output)
+    deliver(args, result, found, screen)
     screen.receipt(result.receipt, config.backend.fake)
     remember(args, messages, result, found, screen)
     return 0
 
 
-def deliver(args, result, found, screen, output):
+def deliver(args, result, found, screen):
     """Write the answer where it belongs: a file, or stdout as text or JSON."""
     screen.t = result.receipt["timing_s"]["total"]
     text = result.reply.text
     if args.json:
         wrapped = {"event": "result", "response": found} if args.stream else found
         text = json.dumps(wrapped, indent=None if args.stream else 2)
-    if output:
-        output.keep(text)
+    if args.output:
+        write_output(args.output, text)
     elif args.json or not screen.stream:
         screen.answer(text)
     screen.end_answer()
 
 
-class Output:
-    """A file that appears only when the answer is whole; opened before anything is paid."""
+def check_output(path):
+    """Raise UsageError if a file cannot be written, before anything is paid for it."""
+    folder = os.path.dirname(os.path.abspath(path))
+    if os.path.isdir(path) or not os.access(path if os.path.exists(path) else folder, os.W_OK):
+        reason = "it is a directory" if os.path.isdir(path) else \
+            "permission denied" if os.path.isdir(folder) else "No such file or directory"
+        raise UsageError("cannot write %s: %s" % (path, reason),
+                         "-o takes a path in an existing folder")
 
-    def __init__(self, path):
-        self.path = path
-        self.part = path + ".part" if not os.path.exists(path) or os.path.isfile(path) else path
-        try:
-            self.file = open(self.part, "w", encoding="utf-8", errors="replace", newline="")
-        except OSError as error:
-            raise UsageError("cannot write %s: %s" % (path, reason_of(error)),
-                             "-o takes a path in an existing folder")
 
-    def keep(self, text):
-        """Write the text and put the file in its place."""
-        self.file.write(text if text.endswith("\n") else text + "\n")
-        self.file.close()
-        if self.part != self.path:
-            os.replace(self.part, self.path)
-
-    def discard(self):
-        """Leave nothing behind."""
-        self.file.close()
-        if self.part != self.path:
+def write_output(path, text):
+    """Write a file that appears only when it is whole."""
+    regular = os.path.isfile(path) or not os.path.exists(path)
+    part = "%s.%d.part" % (path, os.getpid()) if regular else path
+    try:
+        with open(part, "w", encoding="utf-8", errors="replace", newline="") as file:
+            file.write(text if text.endswith("\n") else text + "\n")
+        if part != path:
+            os.replace(part, path)
+    except OSError as error:
+        if part != path:
             with contextlib.suppress(OSError):
-                os.unlink(self.part)
+                os.unlink(part)
+        raise FusionError("cannot write %s: %s" % (path, reason_of(error)),
+                          "%s show prints the answer again" % PROGRAM)
 
 
 def say_estimate(args, config, messages, screen):
@@ -4436,12 +4473,13 @@ def show(args, screen):
     try:
         with open(os.path.join(state_dir(), "last.json")) as file:
             last = json.load(file)
-    except (OSError, ValueError):
+        receipt = dict(last["response"]["fusion"],
+                       tokens=last["response"]["usage"]["total_tokens"])
+    except (OSError, ValueError, LookupError, TypeError):
         raise UsageError("there is no last run", "%s ask --fake \"hello\"" % PROGRAM)
     if args.json:
         screen.data(json.dumps(last, indent=2))
         return 0
-    receipt = last["response"]["fusion"]
     if args.drafts:
         for draft in last["drafts"]:
             screen.answer("== %s: %s%s\n%s\n\n" % (
@@ -4452,7 +4490,6 @@ def show(args, screen):
     if not (args.drafts or args.analysis):
         screen.answer("> %s\n\n%s\n" % (clip(fold(last["question"]), 300),
                                         last["response"]["choices"][0]["message"]["content"]))
-    receipt["tokens"] = last["response"]["usage"]["total_tokens"]
     screen.receipt(receipt)
     return 0
 
@@ -4680,9 +4717,14 @@ def export_presets(folder, screen):
     """Write the built-in presets as files; what exists is not overwritten."""
     try:
         os.makedirs(folder, exist_ok=True)
-        for name, values in PRESETS.items():
-            with open(os.path.join(folder, name + ".json"), "x") as file:
-                file.write(json.dumps(values, indent=2) + "\n")
+        paths = {name: os.path.join(folder, name + ".json") for name in PRESETS}
+        there = [path for path in paths.values() if os.path.lexists(path)]
+        if there:
+            raise UsageError("%s exists and is not overwritten" % there[0],
+                             "--export takes a folder without presets")
+        for name, path in paths.items():
+            with open(path, "x") as file:
+                file.write(json.dumps(PRESETS[name], indent=2) + "\n")
     except OSError as error:
         raise UsageError("cannot write to %s: %s" % (folder, reason_of(error)),
                          "--export takes a folder without presets")
@@ -4705,7 +4747,7 @@ def run_models(args, screen):
         screen.data(json.dumps({"source": source, "models": found}, indent=2))
         return 0
     rows = [("model", "input", "output", "cached", "context")]
-    rows += [(clean(row["id"]),) + tuple("-" if row[key] is None else "%g" % row[key]
+    rows += [(clean_line(row["id"]),) + tuple("-" if row[key] is None else "%g" % row[key]
                                          for key in ("input", "output", "cached_input"))
              + (format(row["context"], ",") if row["context"] else "-",) for row in found]
     for line in table(rows, right=(1, 2, 3, 4)):
@@ -4744,17 +4786,16 @@ def parse(argv):
         raise UsageError("there is no command %s; %s" % (clip(words[0], 40),
                                                          did_you_mean(words[0], COMMANDS)),
                          "%s ask \"...\" asks a question; --help lists everything" % PROGRAM)
-    args, rest = build_parser().parse_known_args(argv)
-    if rest:
-        args.parser.error("unrecognized arguments: %s" % " ".join(rest))
+    parser = build_parser()
+    args, rest = parser.parse_known_args(argv)
+    if rest or args.command is None:
+        getattr(args, "parser", parser).error("unrecognized arguments: %s" % " ".join(rest))
     return args
 
 
 def main(argv):
     """Run the program and return its exit code; the one place where errors are printed."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
+    standard_streams()
     screen, args = Screen(quiet="--quiet" in argv, color="--no-color" not in argv), None
     try:
         if not argv:
@@ -4762,17 +4803,33 @@ def main(argv):
             return 0
         args = parse(argv)
         return COMMANDS[args.command](args, screen)
+    except SystemExit as stop:  # --help and --version
+        return stop.code or 0
     except KeyboardInterrupt:
         screen.say("interrupted")
         return 130
     except BrokenPipeError:
         return 141
+    except OSError as error:
+        return failed(FusionError("cannot write: %s" % reason_of(error)), args, argv, screen)
     except FusionError as error:
         return failed(error, args, argv, screen)
     except Exception as error:  # boundary: the program; what is not foreseen is a defect of ours
-        return failed(FusionError("%s: %s; this is a defect of fusion.py"
-                                  % (type(error).__name__, error),
-                                  "--debug shows where"), args, argv, screen)
+        return failed(FusionError("%s: %s; this is a defect of fusion.py" % (
+            type(error).__name__, error), "--debug shows where"), args, argv, screen)
+
+
+def standard_streams():
+    """Make stdout and stderr usable: closed ones lead nowhere, odd encodings replace letters."""
+    while True:
+        spare = os.open(os.devnull, os.O_RDWR)
+        if spare > 2:  # a socket must not become 1 or 2, should those be closed
+            os.close(spare)
+            break
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))
+        getattr(sys, name).reconfigure(errors="replace")
 
 
 def failed(error, args, argv, screen):
@@ -4791,8 +4848,12 @@ def leave(code):
     """End the process without waiting for daemon threads, which may hold stderr's lock."""
     try:
         sys.stdout.flush()
-    except OSError:
-        pass
+    except BrokenPipeError:
+        code = 141
+    except OSError as error:
+        if code == 0:
+            sys.stderr.write("error: cannot write: %s\n" % reason_of(error))
+            code = 1
     os._exit(code)
 
 

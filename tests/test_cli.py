@@ -1,17 +1,18 @@
 """The command line: bad input gets one error and one hint, and the small commands tell the truth."""
-import contextlib
+import functools
 import json
 import os
 import re
 import signal
 import socket
-import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple, Optional
 
 import pytest
 
-from conftest import FUSION_PY, ROOT, run_fusion
-from test_talk import Program, lines_with, unharmed, write_setup
+from conftest import FUSION_PY, run_fusion, run_in
+from test_talk import Program, command, lines_with, unharmed, write_setup
 from upstream import Reply, Upstream, error_reply
 
 MB = 1000 * 1000
@@ -47,74 +48,74 @@ class Bad(NamedTuple):
 
 
 def bad(line, *words, stdin=None):
-    """A Bad from a command line of plain words; `?` at the end stands for a prompt."""
+    """A name and a Bad from a command line of plain words, of which ? stands for a prompt."""
     argv = tuple("why?" if word == "?" else word for word in line.split())
-    return pytest.param(Bad(argv, words, stdin), id=line)
+    return line, Bad(argv, words, stdin)
 
 
 def config(name, *words):
     return bad("ask --config ./%s ?" % name, name, *words)
 
 
-def bytes_of(name, argv, words, stdin=None):
-    return pytest.param(Bad(argv, words, stdin), id=name)
+def odd(name, argv, words, stdin=None):
+    return name, Bad(argv, words, stdin)
 
 
-BAD = [
-    # configurations
+# Each of these by the program itself; it takes a tenth of a second to start.
+BAD = dict([
     config("missing.json", "No such file"), config("folder", "directory"),
-    config("wrong.json", "line 2", "column 12"), config("comma.json", "line 1"),
-    config("empty.json", "line 1, column 1"),
-    config("list.json", "a list", "object"), config("typo.json", "jugde", "did you mean judge?"),
+    config("wrong.json", "line 2", "column 12"), config("list.json", "a list", "object"),
+    config("typo.json", "jugde", "did you mean judge?"),
+    bad("ask --config bugdet ?", "did you mean budget?"),
+    odd("0 bytes", ("ask", ""), ("empty",)),
+    odd("blanks by pipe", ("ask",), ("empty",), b" \n"),
+    odd("5 MB by pipe", ("ask", "-"), ("5.0 MB",), b"x" * 5 * MB),
+    odd("lone surrogate", ("ask", b"caf\xff"), ("Unicode",)),
+    odd("lone surrogate in --system", ("ask", "--system", b"\xff", "why?"), ("Unicode",)),
+    odd("pipe not UTF-8", ("ask", "why?"), ("UTF-8",), b"caf\xe9"),
+    bad("ask --file missing.txt ?", "missing.txt", "No such file"),
+    bad("ask --file folder ?", "folder", "directory"),
+    bad("ask --file binary.dat ?", "binary.dat", "binary"),
+    bad("ask -o missing/answer.md ?", "missing/answer.md", "No such file"),
+    bad("aks ?", "aks", "did you mean ask?"),
+    bad("ask --modle m/a ?", "--modle", "did you mean --mode?"),
+    bad("--fake", "--fake"),
+    bad("ask --layers 9 ?", "--layers", "1 to 4"),
+    bad("ask --max-cost -1 ?", "--max-cost", "-1"),
+    bad("ask --samples x ?", "--samples", "'x'"),
+    bad("presets show bugdet", "did you mean budget?"),
+    bad("show", "last run"), bad("fake --port 99999", "99999"),
+])
+# And these in one process.
+ALSO_BAD = dict([
+    config("comma.json", "line 1"), config("empty.json", "line 1, column 1"),
     config("nested.json", "panel[1].temprature", "did you mean temperature?"),
     config("type.json", "layers", "whole number"), config("range.json", "samples", "1 to 8", "9"),
     config("panel.json", "panel", "list"), config("nobody.json", "panel", "missing"),
     config("twice.json", "panel", "twice"), config("latin1.json", "UTF-8"),
     config("nested-key.json", "api_key"),
-    bad("ask --config nosuch ?", "nosuch", "budget"),
-    bad("ask --config bugdet ?", "did you mean budget?"),
-    bad("ask --config good ?", "good"),
+    bad("ask --config nosuch ?", "nosuch", "budget"), bad("ask --config good ?", "good"),
     bad("ask --env-file missing.env ?", "missing.env", "No such file"),
     bad("ask --env-file late.env ?", "late.env", "UTF-8"),
-    # prompts
-    bytes_of("no prompt", ("ask",), ("prompt", "empty")),
-    bytes_of("0 bytes", ("ask", ""), ("empty",)),
-    bytes_of("blanks", ("ask", " \n\t"), ("empty",)),
-    bytes_of("0 bytes by pipe", ("ask", "-"), ("empty",), b""),
-    bytes_of("blanks by pipe", ("ask",), ("empty",), b" \n"),
-    bytes_of("5 MB by pipe", ("ask", "-"), ("5.0 MB",), b"x" * 5 * MB),
-    bytes_of("21 MB by pipe", ("ask", "-"), ("MB",), b"x" * 21 * MB),
-    bytes_of("lone surrogate", ("ask", b"caf\xff"), ("Unicode",)),
-    bytes_of("lone surrogate in --system", ("ask", "--system", b"\xff", "why?"), ("Unicode",)),
-    bytes_of("pipe not UTF-8", ("ask", "why?"), ("UTF-8",), b"caf\xe9"),
-    bytes_of("binary pipe", ("ask", "why?"), ("binary",), b"\0\1\2"),
-    # files
-    bad("ask --file missing.txt ?", "missing.txt", "No such file"),
-    bad("ask --file folder ?", "folder", "directory"),
-    bad("ask --file binary.dat ?", "binary.dat", "binary"),
+    odd("no prompt", ("ask",), ("prompt", "empty")),
+    odd("blanks", ("ask", " \n\t"), ("empty",)),
+    odd("0 bytes by pipe", ("ask", "-"), ("empty",), b""),
+    odd("21 MB by pipe", ("ask", "-"), ("MB",), b"x" * 21 * MB),
+    odd("binary pipe", ("ask", "why?"), ("binary",), b"\0\1\2"),
     bad("ask --file latin1.txt ?", "latin1.txt", "UTF-8"),
-    bad("ask --file large.txt ?", "5.0 MB"),
-    bad("ask -o missing/answer.md ?", "missing/answer.md", "No such file"),
-    bad("ask -o folder ?", "folder", "directory"),
-    # commands and flags
-    bad("aks ?", "aks", "did you mean ask?"), bad("preset", "did you mean presets?"),
-    bad("frobnicate", "frobnicate", "ask"),
-    bad("ask --modle m/a ?", "--modle", "did you mean --mode?"),
+    bad("ask --file large.txt ?", "5.0 MB"), bad("ask -o folder ?", "folder", "directory"),
+    bad("preset", "did you mean presets?"), bad("frobnicate", "frobnicate", "ask"),
     bad("ask --panle m/a,m/b ?", "did you mean --panel?"), bad("ask --fil x ?", "--fil"),
-    bad("ask why not", "not"), bad("ask ? --file", "--file"), bad("--fake", "--fake"),
-    bad("--nosuch ask ?", "--nosuch"), bad("show --draft", "did you mean --drafts?"),
-    bad("models nosuch", "nosuch"), bad("presets lst", "lst"), bad("presets show", "budget"),
-    bad("presets show bugdet", "did you mean budget?"),
-    bad("presets --export good.json", "good.json"), bad("show", "last run"),
-    # values
-    bad("ask --layers 9 ?", "--layers", "1 to 4"), bad("ask --layers two ?", "--layers", "two"),
-    bad("ask --max-cost -1 ?", "--max-cost", "-1"), bad("ask --max-cost nan ?", "--max-cost"),
-    bad("ask --samples x ?", "--samples", "'x'"), bad("ask --samples 0 ?", "--samples", "1 to 8"),
+    bad("ask why not", "not"), bad("ask ? --file", "--file"), bad("--nosuch ask ?", "--nosuch"),
+    bad("show --draft", "did you mean --drafts?"), bad("models nosuch", "nosuch"),
+    bad("presets lst", "lst"), bad("presets show", "budget"),
+    bad("presets --export good.json", "good.json"), bad("ask --layers two ?", "--layers", "two"),
+    bad("ask --max-cost nan ?", "--max-cost"), bad("ask --samples 0 ?", "--samples", "1 to 8"),
     bad("ask --timeout 0 ?", "--timeout"), bad("ask --timeout inf ?", "--timeout"),
     bad("ask --mode fuze ?", "--mode", "fuse"), bad("ask --panel , ?", "--panel"),
     bad("ask --panel %s ?" % ",".join(["m/a"] * 17), "--panel", "16"),
-    bad("fake --port 99999", "99999"), bad("fake --port -1", "-1"), bad("fake --port x", "--port"),
-]
+    bad("fake --port -1", "-1"), bad("fake --port x", "--port"),
+])
 
 
 @pytest.fixture(scope="module")
@@ -128,16 +129,23 @@ def place(tmp_path_factory):
     return folder
 
 
+def at_once(run, cases):
+    """run(case) for each of {name: case}, a few at a time; a start of the program takes a while."""
+    with ThreadPoolExecutor(4) as pool:
+        return dict(zip(cases, pool.map(run, cases.values())))
+
+
 @pytest.fixture(scope="module")
-def backend():
-    """A backend that answers everything, so that only the program itself can refuse."""
+def refused(place):
+    """What the program says to each bad input, before a backend that would take everything."""
+    before = set(place.rglob("*"))
     with Upstream({"*": "an answer"}) as up:
-        yield up
+        def run(case):
+            argv = [os.fsdecode(arg) for arg in case.argv]
+            return run_fusion(*argv, stdin=case.stdin, cwd=place, env={"FUSION_BASE_URL": up.url})
 
-
-def run_bytes(argv, **more):
-    """run_fusion with arguments that may be bytes, as a shell can give them."""
-    return run_fusion(*[os.fsdecode(arg) for arg in argv], **more)
+        found = at_once(run, BAD)
+    return found, up.requests, set(place.rglob("*")) - before
 
 
 def check_complaint(found, code, *words):
@@ -151,12 +159,24 @@ def check_complaint(found, code, *words):
     return lines[1]
 
 
-@pytest.mark.parametrize("case", BAD)
-def test_bad_input_gets_one_error_and_one_hint_before_anything_is_done(place, backend, case):
-    before, asked = set(place.rglob("*")), len(backend.requests)
-    found = run_bytes(case.argv, stdin=case.stdin, cwd=place, env={"FUSION_BASE_URL": backend.url})
+@pytest.mark.parametrize("name", list(BAD))
+def test_bad_input_gets_one_error_and_one_hint(refused, name):
+    check_complaint(refused[0][name], 2, *BAD[name].words)
+
+
+@pytest.mark.parametrize("name", list(ALSO_BAD))
+def test_this_too_is_bad_input(command, monkeypatch, place, name):
+    monkeypatch.chdir(place)
+    case = ALSO_BAD[name]
+    with Upstream({"*": "an answer"}) as up:
+        found = command(*case.argv, stdin=case.stdin, FUSION_BASE_URL=up.url)
     check_complaint(found, 2, *case.words)
-    assert set(place.rglob("*")) == before and len(backend.requests) == asked
+    assert up.requests == []
+
+
+def test_bad_input_is_refused_before_anything_is_done(refused):
+    _, requests, new_files = refused
+    assert (requests, new_files) == ([], set())
 
 
 @pytest.mark.parametrize("env, argv, word", [
@@ -183,22 +203,43 @@ USELESS = {
     "nothing": (Reply(""), "nothing", ""),
     "reasoning": (Reply("", reasoning="hm"), "reasoning", ""),
     "broken": (Reply(status=500), "500", ""),
-    "json": (Reply(body=b'"hello"'), "not JSON", "FUSION_BASE_URL"),
+    "prose": (Reply(body=b"Welcome to this web server."), "", ""),
     "redirect": (Reply(status=302, headers={"Location": "http://127.0.0.1:9/"}), "302", ""),
     "cut": (Reply("some words", cut_after=2), "cut", ""),
 }
+ASK = ("ask", "--config", "./good.json", "why?")
+SOLO = ASK + ("--mode", "solo")
+REFRESH = ("models", "--refresh")
+WAYS = [(name, ASK) for name in USELESS]
+WAYS += [(name, SOLO) for name in ("key", "model", "html", "nothing", "broken")]
+WAYS += [(name, argv) for name in ("key", "html", "broken") for argv in (REFRESH, ("ask", "why?"))]
 
 
-@pytest.mark.parametrize("mode", ["fuse", "solo"])
-@pytest.mark.parametrize("name", list(USELESS))
-def test_a_backend_without_an_answer_is_exit_3_with_its_reason(place, name, mode):
-    reply, reason, hint = USELESS[name]
-    with Upstream({"*": reply}) as up:
-        found = run_fusion("ask", "--config", "./good.json", "--mode", mode, "why?", cwd=place,
-                           env={"FUSION_BASE_URL": up.url, "FUSION_API_KEY": "sk-12345678"})
-    assert hint in check_complaint(found, 3, reason)
+def known_as(way):
+    return "%s: %s" % (way[0], " ".join(way[1]))
+
+
+@pytest.fixture(scope="module")
+def disappointed(place):
+    """What the program says about each backend that is no use."""
+    def run(way):
+        reply = USELESS[way[0]][0]
+        with Upstream({"*": reply}) as up:
+            if way[1] not in (ASK, SOLO):
+                up.models_reply = reply
+            env = {"FUSION_BASE_URL": up.url, "FUSION_API_KEY": "sk-12345678"}
+            return run_fusion(*way[1], cwd=place, env=env)
+    return at_once(run, {known_as(way): way for way in WAYS})
+
+
+@pytest.mark.parametrize("way", WAYS, ids=known_as)
+def test_a_backend_without_an_answer_is_exit_3_with_its_reason(disappointed, way):
+    found, (_, reason, hint) = disappointed[known_as(way)], USELESS[way[0]]
+    models = way[1] not in (ASK, SOLO)
+    assert ("" if models and "KEY" not in hint else hint) in \
+        check_complaint(found, 3, "" if models else reason)
     assert "sk-12345678" not in found.err
-    if mode == "fuse":
+    if way[1] == ASK:
         assert found.err.count("m/a") >= 2 and found.err.count("m/b") >= 2, "each has its reason"
 
 
@@ -208,23 +249,10 @@ def closed_url():
         return "http://127.0.0.1:%d/v1" % server.getsockname()[1]
 
 
-@pytest.mark.parametrize("line", [
-    "ask --config ./good.json ?", "ask --config ./good.json --mode solo ?", "ask ?",
-    "models --refresh"])
-def test_a_dead_backend_is_exit_3(place, line):
-    argv = ["why?" if word == "?" else word for word in line.split()]
+@pytest.mark.parametrize("argv", [ASK, SOLO, ("ask", "why?"), REFRESH], ids=" ".join)
+def test_a_dead_backend_is_exit_3(place, argv):
     found = run_fusion(*argv, cwd=place, env={"FUSION_BASE_URL": closed_url()})
     check_complaint(found, 3, "127.0.0.1")
-
-
-@pytest.mark.parametrize("reply", [HTML, Reply(status=500), error_reply(401, "no"),
-                                   Reply(body=b'{"data": []}')],
-                         ids=["html", "broken", "key", "none"])
-def test_a_backend_that_lists_no_models_is_exit_3(reply):
-    with Upstream({"*": "an answer"}) as up:
-        up.models_reply = reply
-        found = run_fusion("ask", "why?", env={"FUSION_BASE_URL": up.url})
-    check_complaint(found, 3)
 
 
 def test_a_traceback_is_shown_to_those_who_ask_for_it(place):
@@ -240,34 +268,29 @@ FULL = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /
 
 @FULL
 @pytest.mark.parametrize("argv", [
-    ("ask", "--fake", "hi", "--quiet"), ("ask", "--fake", "hi", "--quiet", "--stream"),
-    ("ask", "--fake", "hi", "--quiet", "-o", "/dev/full"), ("presets",), ("--help",), ()],
+    ("ask", "why is it?"), ("ask", "why is it?", "--stream"),
+    ("ask", "why is it?", "-o", "/dev/full"), ("presets",), ("--help",), ()],
     ids=lambda argv: " ".join(argv) or "bare")
 def test_a_full_disk_is_named_and_is_no_defect(tmp_path, argv):
-    with open("/dev/full", "w") as full, Program(tmp_path, *argv, stdout=full) as running:
-        found = running.end()
+    with Upstream({"m/a": "an answer"}) as up, open("/dev/full", "w") as full:
+        env = {"FUSION_BASE_URL": up.url}
+        with Program(tmp_path, *argv, env=env, stdout=full) as running:
+            found = running.end()
     assert found.code not in (0, 120) and unharmed(found), found.err
     assert "No space left" in "".join(lines_with("error: ", found.err))
 
 
 @pytest.mark.parametrize("descriptor", [0, 1, 2])
 def test_a_stream_that_is_closed_does_no_harm(tmp_path, descriptor):
-    shell = "exec %s %d>&-" % (" ".join(['"$0"', '"$1"', "ask", "--fake", "hi"]), descriptor)
-    with closed_program(tmp_path, shell) as running:
-        found = running.end()
+    shell = 'exec "$0" "$1" ask "why is it?" %d>&-' % descriptor
+    with Upstream({"m/a": "an answer"}) as up:
+        found = run_in(tmp_path, ["sh", "-c", shell, sys.executable, FUSION_PY],
+                       env={"FUSION_BASE_URL": up.url})
     assert unharmed(found), found.err
-    assert found.code == 0 and ("[fake]" in found.out) == (descriptor != 1)
-
-
-@contextlib.contextmanager
-def closed_program(home, shell):
-    """The program as a shell starts it, with its first two arguments python and fusion.py."""
-    class Shelled(Program):
-        def start(self, command, env, files):
-            return super().start(["sh", "-c", shell] + command[:2], env, files)
-
-    with Shelled(home) as running:
-        yield running
+    if descriptor == 1:
+        assert found.code == 0 or lines_with("error: ", found.err)
+    else:
+        assert (found.code, found.out) == (0, "an answer\n")
 
 
 @pytest.mark.parametrize("argv", [("--help",), ("presets",), ("models", "--json"), ()],
@@ -284,6 +307,16 @@ def test_a_reader_that_has_left_ends_the_small_commands_without_a_word(tmp_path,
 # ---- help -------------------------------------------------------------------------------------
 
 COMMANDS = ["ask", "fake", "presets", "models", "show"]
+FLAGS = ["--json", "--quiet", "--debug", "--no-color"]
+ASKING = FLAGS + [
+    "--config", "--fake", "--max-cost", "--timeout", "--env-file", "--panel", "--judge",
+    "--synthesizer", "--refine", "--no-refine", "--layers", "--samples", "--mode", "--vote",
+    "--tools", "--estimate", "--file", "--system", "-o", "--stream", "--no-history"]
+
+
+@functools.lru_cache(maxsize=None)
+def help_of(command):
+    return run_fusion(*[command] * bool(command), "--help")
 
 
 def test_the_bare_program_says_what_it_is_in_a_few_lines():
@@ -296,18 +329,25 @@ def test_the_bare_program_says_what_it_is_in_a_few_lines():
 
 
 @pytest.mark.parametrize("command", [None] + COMMANDS, ids=str)
-def test_help_starts_with_examples_that_work(command):
-    found = run_fusion(*[command] * bool(command), "--help")
+def test_help_starts_with_examples(command):
+    found = help_of(command)
     lines = found.out.splitlines()
     assert found.code == 0 and found.err == "" and lines[0] == "Examples:"
-    examples = [line for line in lines[1:lines.index("")]]
+    examples = lines[1:lines.index("")]
     assert examples and all("python3 fusion.py %s" % (command or "") in line for line in examples)
     assert found.out.index("usage:") > found.out.index(examples[-1])
 
 
 def test_the_help_names_every_command():
-    text = run_fusion("-h").out
+    text = help_of(None).out
     assert [name for name in COMMANDS if not re.search(r"^\s+%s\s" % name, text, re.M)] == []
+
+
+@pytest.mark.parametrize("command, flags", [("ask", ASKING)] + [
+    (command, FLAGS) for command in COMMANDS[1:]])
+def test_the_help_of_a_command_names_its_flags(command, flags):
+    text = help_of(command).out
+    assert [flag for flag in flags if not re.search(r"(?<!\S)%s\b" % flag, text)] == []
 
 
 def test_the_version_is_that_of_the_file(fusion):
@@ -315,21 +355,10 @@ def test_the_version_is_that_of_the_file(fusion):
     assert (found.code, found.out, found.err) == (0, "fusion.py %s\n" % fusion.VERSION, "")
 
 
-@pytest.mark.parametrize("command", ["ask", "fake", "presets", "models", "show"])
-def test_every_command_takes_the_flags_of_every_command(command):
-    text = run_fusion(command, "--help").out
-    flags = ["--json", "--quiet", "--debug", "--no-color"]
-    if command == "ask":
-        flags += ["--config", "--fake", "--max-cost", "--timeout", "--env-file", "--panel",
-                  "--judge", "--synthesizer", "--refine", "--no-refine", "--layers", "--samples",
-                  "--mode", "--vote", "--tools", "--estimate", "--file", "--system", "-o"]
-    assert [flag for flag in flags if not re.search(r"%s\b" % flag, text)] == []
-
-
 # ---- presets ----------------------------------------------------------------------------------
 
-def test_presets_lists_panel_judge_and_writer_of_each(fusion):
-    text = run_fusion("presets").out
+def test_presets_lists_panel_judge_and_writer_of_each(fusion, command):
+    text = command("presets").out
     for name, values in fusion.PRESETS.items():
         block = re.search(r"^%s .*(\n .*)*" % name, text, re.M).group(0)
         named = [values.get("judge", ""), values.get("synthesizer", "")]
@@ -337,32 +366,34 @@ def test_presets_lists_panel_judge_and_writer_of_each(fusion):
                   for member in values["panel"] if values["panel"] != "auto"]
         assert [model for model in named if model not in block] == []
         assert "judge" in block and "writer" in block
-    assert run_fusion("presets", "list").out == text
+    assert command("presets", "list").out == text
 
 
-def test_presets_in_json_are_the_presets(fusion):
-    assert json.loads(run_fusion("presets", "--json").out) == fusion.PRESETS
+def test_presets_in_json_are_the_presets(fusion, command):
+    assert json.loads(command("presets", "--json").out) == fusion.PRESETS
     for name in ("budget", "local"):
-        assert json.loads(run_fusion("presets", "show", name).out) == fusion.PRESETS[name]
+        assert json.loads(command("presets", "show", name).out) == fusion.PRESETS[name]
 
 
-def test_exported_presets_can_be_used_and_are_not_overwritten(fusion, tmp_path):
+def test_exported_presets_can_be_used_and_are_not_overwritten(fusion, command, tmp_path):
     folder = tmp_path / "new" / "presets"
-    found = run_fusion("presets", "--export", folder)
+    found = command("presets", "--export", str(folder))
     assert found.code == 0 and found.out == ""
     written = {path.stem: json.loads(path.read_text()) for path in folder.iterdir()}
     assert written == fusion.PRESETS
-    used = run_fusion("ask", "--estimate", "--config", folder / "frontier.json", "hello")
+    used = command("ask", "--estimate", "--config", str(folder / "frontier.json"), "hello")
     assert used.code == 0 and "openai/gpt-5.5" in used.out
     (folder / "self.json").write_text("my own")
-    assert run_fusion("presets", "--export", folder).code == 2
+    assert command("presets", "--export", str(folder)).code == 2
     assert (folder / "self.json").read_text() == "my own"
 
 
-def test_an_export_that_would_overwrite_one_writes_none(tmp_path):
-    (tmp_path / "local.json").write_text("my own")
-    check_complaint(run_fusion("presets", "--export", tmp_path), 2)
-    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"local.json": "my own"}
+def test_an_export_that_would_overwrite_one_writes_none(command, tmp_path):
+    folder = tmp_path / "presets"
+    folder.mkdir()
+    (folder / "local.json").write_text("my own")
+    check_complaint(command("presets", "--export", str(folder)), 2)
+    assert {path.name: path.read_text() for path in folder.iterdir()} == {"local.json": "my own"}
 
 
 # ---- models -----------------------------------------------------------------------------------
@@ -371,29 +402,29 @@ def rows_of(text):
     return [re.split(r"\s{2,}", line.strip()) for line in text.splitlines()]
 
 
-def test_models_shows_the_price_table_with_its_date(fusion):
-    found = run_fusion("models")
+def test_models_shows_the_price_table_with_its_date(fusion, command):
+    found = command("models")
     rows = rows_of(found.out)
     assert rows[0][0] == "model" and len(rows) == len(fusion.PRICES) + 1
     assert ["openai/gpt-5.5", "5", "30", "0.5", "1,050,000"] in rows
     assert fusion.PRICES_DATE in found.err
 
 
-def test_models_in_json_has_the_same_numbers(fusion):
-    found = json.loads(run_fusion("models", "--json").out)
+def test_models_in_json_has_the_same_numbers(fusion, command):
+    found = json.loads(command("models", "--json").out)
     row = {row["id"]: row for row in found["models"]}["openai/gpt-5.5"]
     assert (row["input"], row["output"], row["cached_input"]) == (5, 30, 0.5)
     assert fusion.PRICES_DATE in found["source"]
 
 
-def test_models_refresh_asks_the_backend_for_what_it_has():
+def test_models_refresh_asks_the_backend_for_what_it_has(command):
     listed = [{"id": "m/new", "context_length": 8192, "pricing": {
         "prompt": "0.000001", "completion": "0.0000025", "input_cache_read": "0.0000001"}},
         {"id": "m/bare"}, {"id": "openai/gpt-5.5"}, {"id": "m/odd", "pricing": "free"}]
     with Upstream(models=listed) as up:
         env = {"FUSION_BASE_URL": up.url}
-        found = run_fusion("models", "--refresh", env=env)
-        data = json.loads(run_fusion("models", "--refresh", "--json", env=env).out)
+        found = command("models", "--refresh", **env)
+        data = json.loads(command("models", "--refresh", "--json", **env).out)
     assert found.code == 0
     assert rows_of(found.out)[1:] == [
         ["m/new", "1", "2.5", "0.1", "8,192"], ["m/bare", "-", "-", "-", "-"],
@@ -402,8 +433,8 @@ def test_models_refresh_asks_the_backend_for_what_it_has():
     assert [request.path for request in up.requests] == ["/v1/models"] * 2
 
 
-def test_models_refresh_of_the_fake_lists_the_fakes():
-    found = run_fusion("models", "--refresh", "--fake")
+def test_models_refresh_of_the_fake_lists_the_fakes(command):
+    found = command("models", "--refresh", "--fake")
     assert found.code == 0 and len(lines_with("fake/", found.out)) == 3
     assert len(found.out.splitlines()) == 4 and "fake" in found.err
 

@@ -950,6 +950,7 @@ ENV_LINES = [
     ("FUSION_X=windows\r\nFUSION_Y=1\r\n", "windows"),
     ("# FUSION_X=commented", ""),
     ("FUSION_X=", ""),
+    ('FUSION_X=""', ""),
     ("FUSION_X= # only a comment", ""),
     ("nonsense\n\n===\nFUSION_X=found", "found"),
 ]
@@ -1038,13 +1039,20 @@ def test_a_key_that_the_backend_echoes_is_not_repeated(load, env_of, failure, na
 
 
 @pytest.mark.parametrize("odd", ["\n", "\r\nX-Other: 1", "\x00", "\u20ac"])
+@pytest.mark.parametrize("of_member", [True, False])
 def test_a_key_that_is_no_header_value_is_refused_without_being_shown(
-    load, env_of, failure, odd
+    fusion, load, env_of, failure, odd, of_member
 ):
     with Upstream() as up:
         env = env_of({"FUSION_BASE_URL": up.url, "FUSION_API_KEY": SECRET + odd + "rest"})
-        found = everything_of(*failure(load({"panel": ["m"], "max_retries": 0}, env)))
-        assert up.posts() == []
+        member = {"model": "m", "base_url": up.url, "api_key_env": "FUSION_API_KEY"}
+        try:
+            config = load({"panel": [member if of_member else "m"], "max_retries": 0}, env)
+            found = everything_of(*failure(config))
+        except fusion.UsageError as error:
+            found = repr(error) + error.message + error.hint
+        assert up.requests == []
+    assert "FUSION_API_KEY" in found
     assert SECRET not in found
 
 
@@ -1231,6 +1239,14 @@ def test_an_automatic_panel_keeps_to_48_calls_too(fusion, load, env_of, network)
         except fusion.UsageError as error:
             assert error.status == 400
         assert len(up.posts()) <= 48
+
+
+def test_an_automatic_panel_is_counted_as_it_is_found(fusion, load, env_of, answer):
+    with Upstream(models=["a", "b"]) as up:
+        config = load({"panel": "auto"}, env_of({"FUSION_BASE_URL": up.url}))
+        config, _ = fusion.with_overrides(config, {"samples": 4})
+        answer(config)
+        assert len(up.posts()) == 2 * 4 + 2
 
 
 # ---- overrides of a request: presets and models ---------------------------------------------

@@ -95,7 +95,8 @@ def test_the_codes_of_the_receipt_are_those_of_the_program():
     with open(FUSION_PY, encoding="utf-8") as file:
         source = file.read()
     used = set(re.findall(r'degrade\(\s*"(\w+)"', source))
-    used |= set(re.findall(r'"(\w+)" if over_budget else "(\w+)"', source)[0])
+    used |= set(re.search(r'code = "(\w+)" if .+? else "(\w+)" if late else "(\w+)"',
+                          source).groups())
     assert named == used
 
 

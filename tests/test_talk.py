@@ -424,6 +424,9 @@ def check_completion(found):
 CALLS = [{"id": "c1", "type": "function", "function": {"name": "f", "arguments": "{\"a\": 1}"}}]
 
 
+OFFERED = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
+
+
 @pytest.mark.parametrize("reply, finish, content", [
     (Reply("hi"), "stop", "hi"),
     (Reply("hi", finish="length"), "length", "hi"),
@@ -445,7 +448,8 @@ def test_an_answer_is_openais_object(fusion, tmp_path, reply, finish, content):
         env = fusion.Env({"FUSION_BASE_URL": up.url})
         config = fusion.with_flags(fusion.load_config(write_setup(tmp_path), env), {"mode": "solo"})
         run = fusion.start_run(config, network)
-        result = fusion.fuse(config, [{"role": "user", "content": "hello there"}], run)
+        params = {"tools": OFFERED} if reply.tool_calls else {}
+        result = fusion.fuse(config, [{"role": "user", "content": "hello there"}], run, params)
         found = fusion.chat_completion(result, config, 1700000000)
         network.close()
     check_completion(found)

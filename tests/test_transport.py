@@ -487,8 +487,8 @@ def test_an_answer_of_33_megabytes_is_refused(serve, caller, stream):
     assert error.kind == "protocol" and "MB" in error.message and len(up.posts()) == 1
 
 
-def test_an_answer_of_8_megabytes_in_one_event_is_read(serve, caller):
-    text = "x" * 8_000_000
+def test_an_answer_of_3_megabytes_in_one_event_is_read(serve, caller):
+    text = "x" * 3_000_000
     assert caller(serve(Reply(chunks=[text]))).ask().text == text
 
 
@@ -549,6 +549,42 @@ def test_no_shape_of_an_answer_crashes_the_call(fusion, serve, caller):
         except Exception as error:
             crashed.append((what, repr(error)))
     assert crashed == [] and len(bodies) > 800
+
+
+def wire_bytes(body, kind, chunked):
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: %s\r\n" % kind.encode()
+    if not chunked:
+        return head + b"Content-Length: %d\r\n\r\n%s" % (len(body), body)
+    pieces = b"".join(b"%x\r\n%s\r\n" % (len(piece), piece) for piece in split(body, 3))
+    return head + b"Transfer-Encoding: chunked\r\n\r\n" + pieces + b"0\r\n\r\n"
+
+
+WIRES = [wire_bytes(encode(WHOLE), "application/json", False),
+         wire_bytes(b"data: %s\n\ndata: [DONE]\n\n" % encode(PIECE), "text/event-stream", True)]
+
+
+def spoilt_wire(rng):
+    """The bytes of a good answer with a few of them lost, changed or added."""
+    wire = bytearray(rng.choice(WIRES))
+    for _ in range(rng.randrange(1, 5)):
+        at = rng.randrange(len(wire))
+        wire[at:at + rng.randrange(4)] = rng.choice([
+            b"", b"\r\n", b"\x00", b"\xff", b":", b"9", b"-", b"\n\n", b"data:", b"{", b'"'])
+    return bytes(wire)
+
+
+def test_no_bytes_of_an_answer_crash_the_call(fusion, serve, caller):
+    rng = random.Random(SEED)
+    one = caller(serve(lambda request: Reply(raw=spoilt_wire(rng))), max_retries=0)
+    crashed, answered = [], 0
+    for number in range(400):
+        try:
+            answered += one.ask().text == "x"
+        except fusion.CallError:
+            continue
+        except Exception as error:
+            crashed.append((number, repr(error)))
+    assert crashed == [] and 0 < answered < 400
 
 
 # ---- connections ----------------------------------------------------------------------------
@@ -618,6 +654,38 @@ def test_concurrent_calls_get_their_own_answers_and_share_connections(serve, cal
         answers = [call.join().result for call in calls]
         assert answers == ["to caller %d" % number for number in range(12)]
     assert len(up.posts()) == 36 and up.connections <= 12
+
+
+@pytest.mark.parametrize("limit", ["max_concurrency", "backend_concurrency"])
+def test_no_more_calls_run_at_once_than_allowed(serve, caller, limit):
+    up = serve(Reply("hello", first_delay=0.01))
+    one = caller(up, **{limit: 2})
+    calls = [Background(one.ask, model="m%d" % number) for number in range(8)]
+    assert {call.join().result.text for call in calls} == {"hello"}
+    assert up.peak_in_flight == 2
+
+
+def test_a_limit_per_backend_leaves_other_backends_free(serve, caller):
+    gate = threading.Event()
+    first, second = serve(Reply("hello", delay=gate)), serve(Reply("hello", delay=gate))
+    one = caller(first, backend_concurrency=1)
+    other = caller(second, backend_concurrency=1, network=one.network)
+    calls = [Background(each.ask) for each in (one, one, other, other)]
+    assert first.wait_for(lambda: first.in_flight == second.in_flight == 1)
+    gate.set()
+    assert {call.join().result.text for call in calls} == {"hello"}
+    assert first.peak_in_flight == second.peak_in_flight == 1
+
+
+def test_cancel_ends_the_wait_for_a_turn(fusion, serve, caller):
+    up = serve(Reply("hello", hang_after=-1))
+    one = caller(up, max_concurrency=1)
+    first = Background(one.ask)
+    assert up.wait_for(lambda: up.in_flight == 1)
+    second = Background(one.ask)
+    cancelled(fusion, one, second)
+    assert isinstance(first.join().error, fusion.Cancelled)
+    assert len(up.posts()) == 1 and len(one.run.ledger.records) == 1
 
 
 def test_closing_the_network_closes_the_idle_connections(serve, caller):
@@ -747,12 +815,12 @@ def test_the_pause_before_a_retry_doubles(serve, caller):
 
 def test_a_pause_beyond_the_deadline_is_not_begun(serve, caller):
     up = serve(error_reply(503, "busy"))
-    call = Background(caller(up, retry_backoff=30, member_timeout_s=5).fail).join()
-    assert call.result.kind == "server" and call.seconds < AT_ONCE_S and len(up.posts()) == 1
+    call = Background(caller(up, retry_backoff=30, member_timeout_s=5).ask).join()
+    assert call.error.kind == "server" and call.seconds < AT_ONCE_S and len(up.posts()) == 1
 
 
-# ---- time: what is late, all at once --------------------------------------------------------
-# Scenarios that take about a second each run side by side, once for the module.
+# ---- time ------------------------------------------------------------------------------------
+# Calls that take a second or two each are made side by side, once for the module.
 
 
 class Case(NamedTuple):
@@ -761,6 +829,7 @@ class Case(NamedTuple):
     to: object
     settings: dict = {}
     options: dict = {}
+    models: object = None  # the reply to GET /models
 
 
 class Outcome(NamedTuple):
@@ -769,12 +838,13 @@ class Outcome(NamedTuple):
     record: object
 
 
-def started(fusion, stack, folder, case):
+def start_case(fusion, stack, folder, case):
     """Start one case; returns (call, backend, caller)."""
     up = None
     if not isinstance(case.to, str):
         replies = case.to if isinstance(case.to, list) else [case.to]
         up = stack.enter_context(Upstream(script_of(replies)))
+        up.models_reply = case.models
     one = Caller(fusion, folder, up.url if up else case.to, **case.settings)
     stack.callback(one.network.close)
     return Background(one.ask, **case.options), up, one
@@ -782,7 +852,7 @@ def started(fusion, stack, folder, case):
 
 def outcomes(fusion, stack, folder, cases):
     """Make all calls side by side; {name: Outcome}."""
-    running = {name: started(fusion, stack, folder, case) for name, case in cases.items()}
+    running = {name: start_case(fusion, stack, folder, case) for name, case in cases.items()}
     found = {}
     for name, (call, up, one) in running.items():
         call.join(30)
@@ -799,7 +869,10 @@ def silent_port():
 
 @contextlib.contextmanager
 def full_port():
-    """The URL of a port whose queue is full: a connection to it neither stands nor fails."""
+    """The URL of a port whose queue is full: a connection to it neither stands nor fails.
+
+    None where the system takes more connections than the queue holds.
+    """
     with contextlib.ExitStack() as stack:
         listener = stack.enter_context(socket.socket())
         listener.bind(("127.0.0.1", 0))
@@ -808,14 +881,14 @@ def full_port():
             client = stack.enter_context(socket.socket())
             client.setblocking(False)
             client.connect_ex(listener.getsockname())
-        with socket.socket() as probe:
-            probe.settimeout(0.2)
-            try:
-                probe.connect(listener.getsockname())
-            except socket.timeout:
-                yield "http://127.0.0.1:%d/v1" % listener.getsockname()[1]
-            else:
-                pytest.skip("this system takes more connections than its queue holds")
+        probe = stack.enter_context(socket.socket())
+        probe.settimeout(0.2)
+        url = None
+        try:
+            probe.connect(listener.getsockname())
+        except socket.timeout:
+            url = "http://127.0.0.1:%d/v1" % listener.getsockname()[1]
+        yield url
 
 
 def free_port():
@@ -823,8 +896,18 @@ def free_port():
         return listener.getsockname()[1]
 
 
+def told(value):
+    """A backend that says when to come again, and then answers."""
+    return [error_reply(429, "slow down", headers={"Retry-After": value}), Reply("hello")]
+
+
+def http_date(seconds):
+    return email.utils.formatdate(time.time() + seconds, usegmt=True)
+
+
 BIG = [{"role": "user", "content": "x" * 20_000_000}]
 PLAIN = {"stream": False}
+LIMIT = {"member_timeout_s": 1, "max_retries": 5}
 OVERDUE = {
     "before the headers": Case(Reply("x", hang_after=-1)),
     "before the headers, plain": Case(Reply("x", hang_after=-1), options=PLAIN),
@@ -834,52 +917,61 @@ OVERDUE = {
     "in the JSON": Case(Reply(LONG, hang_after=3), options=PLAIN),
     "headers drip": Case(Reply("x", drip=(1, 0.2))),
     "headers drip, plain": Case(Reply("x", drip=(1, 0.2)), options=PLAIN),
-    "stream drips": Case(Reply(chunks=["x"] * 99, chunk_delay=0.2)),
-    "bytes of the stream drip": Case(Reply(LONG, drip=(150, 0.2), sse={"split_bytes": 7})),
+    "tokens drip": Case(Reply(chunks=["x"] * 99, chunk_delay=0.2)),
+    "bytes of the stream drip": Case(Reply(LONG, drip=(150, 0.2))),
     "bytes of the JSON drip": Case(Reply(LONG, drip=(150, 0.2)), options=PLAIN),
     "heartbeats only": Case(Reply(chunks=[""] * 99, chunk_delay=0.1, sse={"comments": True})),
-    "body of a refusal drips": Case(Reply(status=400, body=b"x" * 9999, drip=(99, 0.2))),
-    "second attempt hangs": Case([error_reply(503, "busy"), Reply("x", hang_after=-1)]),
+    "a refusal drips": Case(Reply(status=400, body=b"x" * 9999, drip=(99, 0.2))),
+    "the second attempt hangs": Case([error_reply(503, "busy"), Reply("x", hang_after=-1)]),
+    "a port that never answers": Case("silent"),
+    "a port that never reads": Case("silent", options={"messages": BIG}),
+    "a port that never connects": Case("full"),
 }
+HELD = {
+    # Chunks of the reply: 8 of text, the finish, the usage, [DONE].
+    "after [DONE]": Case(Reply(LONG, usage=USAGE, hang_after=11)),
+    "after the usage": Case(Reply(LONG, usage=USAGE, hang_after=10, sse={"no_done": True})),
+    "after the finish": Case(Reply(LONG, usage=USAGE, hang_after=9, sse={"no_done": True})),
+}
+HANGING_LIST = Case(Reply("hello"), {"prices": {}, "member_timeout_s": 0.5}, {},
+                    Reply(hang_after=-1))
 
 
 @pytest.fixture(scope="module")
-def overdue(fusion, tmp_path_factory):
-    """What became of all OVERDUE calls, and of those to ports that do nothing."""
-    limit = {"member_timeout_s": 1, "max_retries": 5}
+def timed(fusion, tmp_path_factory):
+    """{name: Outcome} of all calls that take long."""
+    five = {"member_timeout_s": 5}
+    cases = dict(HELD, number=Case(told("1"), five), date=Case(told(http_date(2.5)), five),
+                 models=HANGING_LIST)
     with contextlib.ExitStack() as stack:
-        silent = stack.enter_context(silent_port())
-        ports = {"a port that never answers": Case(silent),
-                 "a port that never reads": Case(silent, options={"messages": BIG})}
-        cases = {name: case._replace(settings=dict(limit, **case.settings))
-                 for name, case in dict(OVERDUE, **ports).items()}
-        yield outcomes(fusion, stack, tmp_path_factory.mktemp("overdue"), cases)
+        ports = {"silent": stack.enter_context(silent_port()),
+                 "full": stack.enter_context(full_port())}
+        for name, case in OVERDUE.items():
+            to = ports[case.to] if isinstance(case.to, str) else case.to
+            if to is not None:
+                cases[name] = case._replace(to=to, settings=LIMIT)
+        yield outcomes(fusion, stack, tmp_path_factory.mktemp("timed"), cases)
 
 
-@pytest.mark.parametrize("name", list(OVERDUE) + ["a port that never answers",
-                                                  "a port that never reads"])
-def test_the_time_of_a_call_is_total_wherever_it_hangs(fusion, overdue, name):
-    call, up, record = overdue[name]
+@pytest.mark.parametrize("name", OVERDUE)
+def test_the_time_of_a_call_is_total_wherever_it_hangs(fusion, timed, name):
+    if name not in timed:
+        pytest.skip("this system takes more connections than a queue holds")
+    call, up, record = timed[name]
     assert isinstance(call.error, fusion.CallError) and call.error.kind == "timeout"
     assert 0.9 < call.seconds < 2.5
     assert record.status == "failed" and 0.9 < record.latency_s < 2.5
+    assert call.error.accepted == (name != "a port that never connects")
     if up is not None:
         assert len(up.posts()) == record.attempts == (2 if "second" in name else 1)
         assert up.wait_for(lambda: up.in_flight == 0, 1), "its connection was closed"
 
 
-def test_a_connection_that_never_stands_ends_in_time(caller):
-    with full_port() as url:
-        call = Background(caller(url, member_timeout_s=1).fail).join()
-    assert call.result.kind == "timeout" and not call.result.accepted
-    assert 0.9 < call.seconds < 2.5
-
-
 def test_retries_end_with_the_time_of_the_call(serve, caller):
     up = serve(error_reply(503, "busy"))
     one = caller(up, member_timeout_s=0.5, max_retries=10, retry_backoff=0.1)
-    call = Background(one.fail).join()
-    assert call.result.kind == "server" and call.seconds < 1.5 and 2 <= len(up.posts()) <= 3
+    call = Background(one.ask).join()
+    assert call.error.kind == "server" and call.seconds < 1.5 and 2 <= len(up.posts()) <= 3
 
 
 def test_the_time_of_the_request_ends_a_call_too(fusion, serve, caller):
@@ -898,57 +990,22 @@ def test_no_call_begins_after_the_time_of_the_request(fusion, serve, caller):
     assert caught.value.exit_code == 4 and up.requests == []
 
 
-def test_a_list_of_models_that_hangs_does_not_prolong_the_call(serve, caller):
-    up = serve("hello")
-    up.models_reply = Reply(hang_after=-1)
-    call = Background(caller(up, prices={}, member_timeout_s=0.5).ask).join()
-    assert call.seconds < 1.5
-
-
-HELD = {
-    # Chunks of the reply: 8 of text, the finish, the usage, [DONE].
-    "after [DONE]": Case(Reply(LONG, usage=USAGE, hang_after=11)),
-    "after the usage": Case(Reply(LONG, usage=USAGE, hang_after=10, sse={"no_done": True})),
-    "after the finish": Case(Reply(LONG, usage=USAGE, hang_after=9, sse={"no_done": True})),
-}
-
-
-@pytest.fixture(scope="module")
-def held(fusion, tmp_path_factory):
-    with contextlib.ExitStack() as stack:
-        yield outcomes(fusion, stack, tmp_path_factory.mktemp("held"), HELD)
+def test_a_list_of_models_that_hangs_does_not_prolong_the_call(timed):
+    assert timed["models"].call.seconds < 1.5
 
 
 @pytest.mark.parametrize("name", HELD)
-def test_a_finished_answer_ends_though_the_connection_is_held_open(held, name):
-    call, up, record = held[name]
+def test_a_finished_answer_ends_though_the_connection_is_held_open(timed, name):
+    call, up, record = timed[name]
     assert call.error is None and call.result.text == LONG and call.result.finish == "stop"
     assert call.seconds < 4 and record.attempts == 1
     assert call.result.usage.estimated == (name == "after the finish")
     assert up.wait_for(lambda: up.in_flight == 0, 1), "its connection was closed"
 
 
-def after(value, text="hello"):
-    return [error_reply(429, "slow down", headers={"Retry-After": value}), Reply(text)]
-
-
-def in_seconds(seconds):
-    return email.utils.formatdate(time.time() + seconds, usegmt=True)
-
-
-@pytest.fixture(scope="module")
-def paused(fusion, tmp_path_factory):
-    """Calls that are told when to come again, and may take 5 seconds."""
-    cases = {"1": Case(after("1")), "a date": Case(after(in_seconds(2.5)))}
-    limit = {"member_timeout_s": 5}
-    with contextlib.ExitStack() as stack:
-        yield outcomes(fusion, stack, tmp_path_factory.mktemp("paused"), {
-            name: case._replace(settings=limit) for name, case in cases.items()})
-
-
-@pytest.mark.parametrize("name, least, most", [("1", 1.0, 2.0), ("a date", 1.0, 3.5)])
-def test_retry_after_is_honoured_when_it_fits(paused, name, least, most):
-    call, up, record = paused[name]
+@pytest.mark.parametrize("name, least, most", [("number", 1.0, 2.5), ("date", 1.0, 4.0)])
+def test_retry_after_is_honoured_when_it_fits(timed, name, least, most):
+    call, up, record = timed[name]
     assert call.result.text == "hello" and record.attempts == 2
     assert least <= gaps(up)[0] < most
 
@@ -956,17 +1013,18 @@ def test_retry_after_is_honoured_when_it_fits(paused, name, least, most):
 @pytest.mark.parametrize("value", ["0", "soon", "-5", "", "1;2", "nan", "Tue, 99 Foo 2025 25:61:61",
                                    "Wed, 21 Oct 2015 07:28:00 GMT", "\u00e9"])
 def test_a_retry_after_that_says_nothing_is_passed_over(serve, caller, value):
-    up = serve(*after(value))
+    up = serve(*told(value))
     assert caller(up).ask().text == "hello"
     assert gaps(up)[0] < AT_ONCE_S
 
 
 @pytest.mark.parametrize("value", ["3", "3600", "99999999", "315360000", "1" + "0" * 30,
                                    "Fri, 01 Jan 2100 00:00:00 GMT"])
-def test_a_retry_after_beyond_the_deadline_fails_at_once(serve, caller, value):
-    up = serve(*after(value))
-    call = Background(caller(up, member_timeout_s=2).fail).join()
-    assert call.result.kind == "rate" and call.seconds < AT_ONCE_S and len(up.posts()) == 1
+def test_a_retry_after_beyond_the_deadline_fails_at_once(fusion, serve, caller, value):
+    up = serve(*told(value))
+    call = Background(caller(up, member_timeout_s=2).ask).join()
+    assert isinstance(call.error, fusion.CallError) and call.error.kind == "rate"
+    assert call.seconds < AT_ONCE_S and len(up.posts()) == 1
 
 
 # ---- nobody there ---------------------------------------------------------------------------
@@ -1007,7 +1065,7 @@ CANCELLED_IN = {
     "a stream that runs": Case(Reply(chunks=["x"] * 999, chunk_delay=0.01)),
     "a JSON answer that pauses": Case(Reply(LONG, hang_after=4), options=PLAIN),
     "the pause before a retry": Case(BUSY, {"retry_backoff": 30}),
-    "the pause of Retry-After": Case(after("60")[0]),
+    "the pause of Retry-After": Case(told("60")[0]),
 }
 
 
@@ -1035,6 +1093,8 @@ def test_cancel_ends_a_call_within_a_second(fusion, serve, caller, name):
 
 def test_cancel_ends_the_wait_for_a_connection(fusion, caller):
     with full_port() as url:
+        if url is None:
+            pytest.skip("this system takes more connections than a queue holds")
         one = caller(url)
         call = Background(one.ask)
         call.thread.join(0.2)
@@ -1219,6 +1279,16 @@ def test_the_key_is_in_no_error_even_if_the_backend_echoes_it(serve, caller, rep
     error = one.fail()
     said = "%s %r %s %s %s" % (error, error, error.hint, one.run.degraded, one.record)
     assert KEY not in said
+
+
+@pytest.mark.parametrize("reply", table(ECHOES))
+def test_the_key_is_in_no_error_about_a_list_of_models(fusion, serve, caller, reply):
+    up = serve("hello")
+    up.models_reply = reply
+    one = caller(up, key=KEY, panel="auto")
+    with pytest.raises(fusion.FusionError) as caught:
+        fusion.fuse(one.config, HELLO, one.run)
+    assert KEY not in "%s %s" % (caught.value, caught.value.hint)
 
 
 def test_the_key_is_in_no_lesson_that_the_receipt_shows(serve, caller):
@@ -1497,8 +1567,8 @@ def test_a_backend_that_refuses_without_end_ends(serve, caller):
     everything = " ".join(sent) + " max_completion_tokens stream_options. Roles must alternate, " \
         "the last message must be the user's, unknown roles: developer, tool"
     up = serve(error_reply(400, everything))
-    call = Background(caller(up).fail, DEVELOPED + CALLED, **sent).join()
-    assert call.result.kind == "request" and len(up.posts()) <= 25
+    call = Background(caller(up).ask, DEVELOPED + CALLED, **sent).join()
+    assert call.error.kind == "request" and len(up.posts()) <= 25
 
 
 def test_calls_at_once_learn_the_same_lesson(serve, caller):
@@ -1675,9 +1745,11 @@ def test_panel_auto_takes_sixteen_at_most(fusion, serve, caller):
     assert len(fused(fusion, up, caller).receipt["panel_models"]) == 16
 
 
-def test_panel_auto_refuses_another_fusion_server(fusion, serve, caller):
-    up = serve("hello", models=["fusion", "a"], owned_by="fusion")
-    with pytest.raises(fusion.BackendError, match="fusion") as caught:
+@pytest.mark.parametrize("members", [[], ["member"], [{"id": "member", "owned_by": "vendor"}]],
+                         ids=["alone", "its-own", "of-others"])
+def test_panel_auto_refuses_another_fusion_server(fusion, serve, caller, members):
+    up = serve("hello", models=["fusion"] + members, owned_by="fusion")
+    with pytest.raises(fusion.BackendError) as caught:
         fused(fusion, up, caller)
     assert "FUSION_BASE_URL" in caught.value.hint and up.posts() == []
 
