@@ -1313,12 +1313,17 @@ def with_overrides(config, wanted, served=None):
         if key in values:
             values[key] = requested_members(config, key, values[key])
     config = changed(config, values, "request")
-    members = len(config.panel) or 16  # "auto" takes as many as it finds, up to that
-    planned = members * config.samples * config.layers + 2 + config.refine
-    if planned > MAX_CALLS and config.mode != "solo":
+    bound_calls(config)
+    return config, options
+
+
+def bound_calls(config):
+    """Raise UsageError when a request, not a configuration, plans too many upstream calls."""
+    planned = len(config.panel) * config.samples * config.layers + 2 + config.refine
+    asked = "request" in config.origins.values() and config.mode != "solo"
+    if asked and planned > MAX_CALLS:
         raise request_error("", "plans %d upstream calls; at most %d are allowed"
                             % (planned, MAX_CALLS))
-    return config, options
 
 
 def request_error(key, reason):
@@ -2419,7 +2424,8 @@ def lesson_of(error, body, known):
     |----------------------------------------------------|-----------------------|
     | speaks of the role developer, and we sent it       | developer_as_system   |
     | speaks of tools, and we sent tool messages         | tools_as_text         |
-    | roles must alternate, and two neighbours do not    | merge_roles           |
+    | roles must alternate: two neighbours do not, or    | merge_roles, or       |
+    | tool messages are among them                       | tools_as_text         |
     | the last message must be the user's, and is not    | end_with_user         |
     | names response_format or json_schema, and we sent  | json_object, then     |
     | one                                                | drop response_format  |
@@ -2444,8 +2450,11 @@ def candidates(error, words, body):
     if "tool" in roles and "tool" in words:
         yield "tools_as_text"
     neighbours = any(first == second != "tool" for first, second in zip(roles, roles[1:]))
-    if neighbours and re.search(r"alternat|consecutive|same role", words):
-        yield "merge_roles"
+    if re.search(r"alternat|consecutive|same role", words):
+        if neighbours:
+            yield "merge_roles"
+        elif "tool" in roles:
+            yield "tools_as_text"
     if roles[-1] != "user" and re.search(r"last message|end with|prefill|final message", words):
         yield "end_with_user"
     if error.upstream_status == 500:
@@ -3663,6 +3672,7 @@ def fuse(config, messages, run, params=None):
 def planned(config, messages, run, params):
     """Return (config, reason of the mode): auto decided, and cut down to the budget."""
     config = with_auto_panel(config, run.network, run.cancel)
+    bound_calls(config)
     mode, why = depth_of(config, messages, params)
     config = dataclasses.replace(config, mode=mode)
     cap = params.get("max_completion_tokens") or params.get("max_tokens")

@@ -234,12 +234,12 @@ def disappointed(place):
 
 @pytest.mark.parametrize("way", WAYS, ids=known_as)
 def test_a_backend_without_an_answer_is_exit_3_with_its_reason(disappointed, way):
-    found, (_, reason, hint) = disappointed[known_as(way)], USELESS[way[0]]
-    models = way[1] not in (ASK, SOLO)
-    assert ("" if models and "KEY" not in hint else hint) in \
-        check_complaint(found, 3, "" if models else reason)
+    (name, argv), found = way, disappointed[known_as(way)]
+    _, reason, hint = USELESS[name]
+    said = check_complaint(found, 3, reason if argv in (ASK, SOLO) else "")
+    assert hint in said and " ".join(argv) not in said, "a hint is something else to try"
     assert "sk-12345678" not in found.err
-    if way[1] == ASK:
+    if argv == ASK:
         assert found.err.count("m/a") >= 2 and found.err.count("m/b") >= 2, "each has its reason"
 
 
@@ -278,6 +278,16 @@ def test_a_full_disk_is_named_and_is_no_defect(tmp_path, argv):
             found = running.end()
     assert found.code not in (0, 120) and unharmed(found), found.err
     assert "No space left" in "".join(lines_with("error: ", found.err))
+    assert len(lines_with("hint: ", found.err)) == 1
+
+
+def test_a_disk_that_fills_up_in_mid_answer_is_named_too(tmp_path):
+    limited = 'ulimit -f 4; exec "$0" "$1" ask --stream "why is it?" > answer.md'
+    with Upstream({"m/a": "word " * 3000}) as up:
+        found = run_in(tmp_path, ["sh", "-c", limited, sys.executable, FUSION_PY], cwd=tmp_path,
+                       env={"FUSION_BASE_URL": up.url, "FUSION_HISTORY": "0"})
+    assert found.code not in (0, 120) and unharmed(found), found.err
+    assert len(lines_with("error: ", found.err)) == 1
 
 
 @pytest.mark.parametrize("descriptor", [0, 1, 2])
@@ -302,6 +312,18 @@ def test_a_reader_that_has_left_ends_the_small_commands_without_a_word(tmp_path,
         os.close(writing)
         found = running.end()
     assert found.code in (141, -signal.SIGPIPE) and found.err == ""
+
+
+@pytest.mark.parametrize("flags", [[], ["--json"], ["--json", "--stream"]], ids=" ".join)
+def test_a_reader_that_has_left_does_not_turn_an_error_into_a_traceback(tmp_path, flags):
+    reading, writing = os.pipe()
+    os.close(reading)
+    with Upstream({"m/a": Reply(status=400)}) as up:
+        env = {"FUSION_BASE_URL": up.url}
+        with Program(tmp_path, "ask", "why is it?", *flags, env=env, stdout=writing) as running:
+            os.close(writing)
+            found = running.end()
+    assert found.code in (3, 141, -signal.SIGPIPE) and unharmed(found), found.err
 
 
 # ---- help -------------------------------------------------------------------------------------

@@ -236,6 +236,14 @@ def test_an_unknown_preset_is_refused_with_the_nearest_name(fusion, env_of):
     assert re.search(r"\bfrontir\b.*\bfrontier\b", caught.value.message)
 
 
+def test_an_automatic_panel_is_never_another_fusion_server(fusion, load, env_of, failure):
+    with Upstream(models=["fusion", "fusion/budget"], owned_by="fusion") as up:
+        error, _ = failure(load({"panel": "auto"}, env_of({"FUSION_BASE_URL": up.url})))
+        assert up.posts() == []
+    assert isinstance(error, fusion.BackendError)
+    assert "fusion server" in error.message
+
+
 # ---- defaults and what each key takes -------------------------------------------------------
 
 
@@ -821,6 +829,32 @@ def test_a_member_with_a_base_url_gets_the_key_of_its_api_key_env_or_none(
     assert other.posts("elsewhere")
     assert set(authorizations(other)) == {"Bearer " + SECRET if variable else None}
     assert set(authorizations(default)) == {"Bearer real-FUSION_API_KEY"}
+
+
+def test_an_automatic_panel_leaves_judge_writer_and_spares_at_their_own_backend(
+    load, env_of, answer, two_backends
+):
+    default, other = two_backends
+    default.models = ["a", "b"]
+    own = {"model": "elsewhere", "base_url": other.url, "api_key_env": "FUSION_OTHER_KEY"}
+    env = env_of({"FUSION_BASE_URL": default.url, "FUSION_API_KEY": "default",
+                  "FUSION_OTHER_KEY": SECRET})
+    answer(load({"panel": "auto", "judge": own, "synthesizer": own, "spares": [own]}, env))
+    assert {request.model for request in default.posts()} == {"a", "b"}
+    assert len(other.posts("elsewhere")) >= 2
+    assert set(authorizations(default)) == {"Bearer default"}
+    assert set(authorizations(other)) == {"Bearer " + SECRET}
+
+
+@pytest.mark.parametrize("url", [
+    "https://openrouter.ai/api/v1", "https://api.openai.com/v1", "https://api.groq.com/openai/v1"])
+def test_a_member_with_a_base_url_never_gets_a_key_by_itself(fusion, load, env_of, failure, url):
+    real = dict(values_of(KEYS, "real"), GROQ_API_KEY=SECRET)
+    config = load({"panel": [{"model": "m", "base_url": url}]}, env_of(real))
+    assert config.panel[0].backend.key == ""
+    error, _ = failure(config)
+    assert isinstance(error, fusion.UsageError)
+    assert "api_key_env" in error.hint
 
 
 @pytest.mark.parametrize("same_url", [True, False])

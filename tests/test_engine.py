@@ -116,7 +116,7 @@ def test_a_spare_takes_the_place_of_a_failed_member(rig):
 
 
 def test_a_spare_that_fails_has_the_next_spare(rig):
-    made = rig(cast(m2=error_reply(500, "boom"), s1=error_reply(500, "bang")),
+    made = rig(cast(m2=error_reply(500, "boom"), s1=[error_reply(500, "bang"), "never asked"]),
                spares=["s1", "s2"])
     made.fuse()
     assert judged_drafts(made) == ["draft of m1", "draft of m3", "draft of s2"]

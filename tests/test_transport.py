@@ -1536,10 +1536,20 @@ def test_tool_turns_become_text_with_all_their_words(serve, caller):
     assert one.codes[:1] == ["rewritten"]
 
 
-def test_merging_leaves_tool_turns_alone(serve, caller):
-    up = serve(lambda request: error_reply(400, ALTERNATE) if request.n == 0 else Reply("hello"))
-    caller(up).ask(CALLED)
-    assert up.posts()[-1].messages == CALLED
+def alternates(request):
+    """Reply as a chat template does that knows user and assistant in turns, and nothing else."""
+    roles = [message["role"] for message in request.messages]
+    strict = roles == (["user", "assistant"] * len(roles))[:len(roles)]
+    return Reply("hello") if strict else error_reply(400, ALTERNATE)
+
+
+def test_a_template_of_two_roles_gets_tool_turns_as_text_in_turns(serve, caller):
+    up = serve(alternates)
+    one = caller(up)
+    assert one.ask(CALLED).text == "hello"
+    words = "\n".join(message["content"] for message in up.posts()[-1].messages)
+    assert all(word in words for word in ("what is it?", "I look it up.", "it is 42", "or 43", "so?"))
+    assert one.codes.count("rewritten") == 2
 
 
 @pytest.mark.parametrize("status, message", [

@@ -625,6 +625,14 @@ def test_a_draft_that_knows_the_tag_cannot_close_its_fence(rig, escape):
         assert all(tag_of(last_text(post)) not in draft for draft in drafts.values())
 
 
+def test_the_tag_is_a_fresh_one_for_each_run(rig):
+    made = rig(simple_cast)
+    for _ in range(3):
+        made.fuse()
+    tags = [tag_of(last_text(post)) for post in made.up.posts("judge")]
+    assert len(set(tags)) == 3 and all(len(tag) >= 8 for tag in tags)
+
+
 @pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
 @pytest.mark.parametrize("kind", ["analysis", "answer", "reply"])
 def test_what_judge_and_writer_say_cannot_close_its_fence(rig, kind, nested):
