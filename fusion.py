@@ -127,7 +127,7 @@ class BackendError(FusionError):
     """The backend gave no usable answer. One call's failure carries more: see CallError."""
 
     exit_code, status, code = 3, 502, "panel_failed"
-    usual_hint = PROGRAM + " models --refresh asks the backend what it has"
+    usual_hint = "FUSION_BASE_URL should be the address of a backend that works"
 
 
 class LimitError(FusionError):
@@ -1133,7 +1133,8 @@ def load_config(choice, env, backend=None):
         default = Backend(LOCAL_URLS[0])
         origins["backend"] = SEARCHED
     named = Config(source=os.path.basename(choice), origins=origins, backend=default, **found)
-    return resolve(named, env, backend)
+    return placed(named, lambda member: backend or (
+        member_backend(member, env) if member.base_url else default))
 
 
 def read_choice(choice):
@@ -1191,23 +1192,17 @@ def read_json_file(path):
                      "%s presets show budget prints one that works" % PROGRAM)
 
 
-def resolve(config, env, backend=None):
-    """Return the config with a backend for each member, and judge and synthesizer filled in."""
-    def placed(member):
-        if backend is not None:
-            own = backend
-        elif member.base_url:
-            own = member_backend(member, env)
-        else:
-            own = config.backend
-        return dataclasses.replace(member, backend=own)
+def placed(config, backend_of):
+    """Return the config with each member at backend_of(member), judge and synthesizer filled in."""
+    def place(member):
+        return dataclasses.replace(member, backend=backend_of(member))
 
     return with_roles(dataclasses.replace(
         config,
-        panel=tuple(map(placed, config.panel)),
-        judge=placed(config.judge) if config.judge else None,
-        synthesizer=tuple(map(placed, config.synthesizer)),
-        spares=tuple(map(placed, config.spares))))
+        panel=tuple(map(place, config.panel)),
+        judge=place(config.judge) if config.judge else None,
+        synthesizer=tuple(map(place, config.synthesizer)),
+        spares=tuple(map(place, config.spares))))
 
 
 def with_roles(config):
@@ -2780,10 +2775,10 @@ def with_auto_panel(config, network, cancel=None):
                                "point FUSION_BASE_URL at a model backend")
         names = [model["id"] for model in models if not NO_CHAT.search(model["id"].lower())]
         if names and not fusion:
-            found = dataclasses.replace(config, backend=backend)
             panel = tuple(Member(name) for name in names[:16])
             origin = "auto: the models of %s" % backend.place
-            return resolve(changed(found, {"panel": panel}, origin), Env({}), backend)
+            found = changed(dataclasses.replace(config, backend=backend), {"panel": panel}, origin)
+            return placed(found, lambda member: member.backend if member.base_url else backend)
     raise BackendError(
         "no local engine answers (%s)" % ", ".join(backend.place for backend in backends)
         if searching else "%s lists no model that can chat" % config.backend.place,
@@ -3293,7 +3288,7 @@ def panel_failed(failures, out_of_time):
         return LimitError("the time was over before any member answered: " + words,
                           "--timeout S gives it more seconds", status=504, code="timeout")
     return kind("no member of the panel answered: " + words,
-                hints[0] if hints else "%s models --refresh asks the backend" % PROGRAM)
+                hints[0] if hints else "")
 
 
 def judge(config, messages, drafts, run):
@@ -4555,6 +4550,9 @@ EXAMPLES = {
 }
 
 
+WRITE_HINT = "make room, or write elsewhere: -o FILE"
+
+
 class Parser(argparse.ArgumentParser):
     """A parser whose help starts with examples and whose errors are UsageErrors."""
 
@@ -4821,7 +4819,8 @@ def main(argv):
     except BrokenPipeError:
         return 141
     except OSError as error:
-        return failed(FusionError("cannot write: %s" % reason_of(error)), args, argv, screen)
+        return failed(FusionError("cannot write: %s" % reason_of(error), WRITE_HINT), args, argv,
+                      screen)
     except FusionError as error:
         return failed(error, args, argv, screen)
     except Exception as error:  # boundary: the program; what is not foreseen is a defect of ours
@@ -4847,10 +4846,12 @@ def failed(error, args, argv, screen):
     if "--debug" in argv:
         import traceback
         traceback.print_exc()
-    screen.end_answer()
+    with contextlib.suppress(OSError):
+        screen.end_answer()
     screen.error(error)
     if args is not None and getattr(args, "json", False):
-        screen.data(json.dumps(error_object(error, getattr(error, "degraded", ()))))
+        with contextlib.suppress(OSError):
+            screen.data(json.dumps(error_object(error, getattr(error, "degraded", ()))))
     return error.exit_code
 
 
@@ -4862,7 +4863,8 @@ def leave(code):
         code = 141
     except OSError as error:
         if code == 0:
-            sys.stderr.write("error: cannot write: %s\n" % reason_of(error))
+            sys.stderr.write("error: cannot write: %s\nhint: %s\n" % (reason_of(error),
+                                                                      WRITE_HINT))
             code = 1
     os._exit(code)
 

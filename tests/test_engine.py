@@ -616,6 +616,7 @@ SHOWN = {
     "stand-in with refine": (dict(writer=BROKEN), dict(refine=True)),
     "all refuse": (dict.fromkeys(PANEL, "I'm sorry, I can't help with that."), dict()),
     "thinks first": (dict(writer="<think>secret</think>\n\nThe answer."), dict()),
+    "thinks in full": (dict(writer="<thinking>secret</thinking>\n\nThe answer."), dict()),
     "speaks of thinking": (dict(writer="It writes `<think>` first and `</think>` at the end."),
                            dict()),
 }
@@ -766,9 +767,19 @@ def test_usage_counts_all_calls_or_the_answers_alone(rig, scope):
                                                 sum(bill[2] for bill in bills))
 
 
-def test_the_usage_of_an_answer_that_a_vote_chose_is_not_nothing(rig):
-    made = rig(cast(**dict.fromkeys(PANEL, "Answer: 4")), vote=True, usage_scope="answer")
-    assert made.fuse().usage.total > 0
+VOTERS = {
+    "members": (dict(), dict.fromkeys(PANEL, "Answer: 4")),
+    "samples": (dict(panel=["m1"], samples=3),
+                dict(m1=["Answer: 4 or so", "Answer: 5", "Thus\nAnswer: 5"])),
+    "samples that agree": (dict(panel=["m1"], samples=3), dict(m1="Answer: 5")),
+}
+
+
+@pytest.mark.parametrize("settings, models", VOTERS.values(), ids=VOTERS)
+def test_the_usage_of_an_answer_that_a_vote_chose_is_that_of_one_call(rig, settings, models):
+    made = rig(cast(**models), vote=True, usage_scope="answer", **settings)
+    usage = made.fuse().usage
+    assert usage[:2] in [bill[1:3] for bill in made.up.billed]
 
 
 # ---- rewritten --------------------------------------------------------------------------------
@@ -1004,6 +1015,8 @@ VOTES = {
     "near integers": (("Answer: 1234567", "Answer: 1234568", "Answer: 9"), None),
     "near decimals": (("Answer: 3.1415926", "Answer: 3.1415927", "Answer: 3"), None),
     "minus": (("Answer: -5", "Answer: 5", "Answer: 0"), None),
+    "a pair": (("Answer: 1,2", "Answer: 12", "Answer: 3"), None),
+    "a point in front": (("Answer: .5", "Answer: 5", "Answer: 3"), None),
 }
 
 
@@ -1055,6 +1068,7 @@ DEPTHS = {
     "65 tokens": ("Compare two protocols for mobile games.", {"max_tokens": 65}, "fuse"),
     "about tags": ("Write a parser for HTML tags in Python, with tests.", {}, "fuse"),
     "about titles": ("Write an essay on how a title shapes the reader of a novel.", {}, "fuse"),
+    "about an answer": ("Is my answer ok, or where does this proof fall short?", {}, "fuse"),
     "without blanks": (CJK, {}, "fuse"),
     "two words": ("Explain entropy", {}, "fuse"),
 }
@@ -1125,6 +1139,25 @@ def test_reasoning_effort_goes_to_its_member_alone(rig):
     made.fuse()
     efforts = {post.model: post.body.get("reasoning_effort") for post in made.up.posts()}
     assert efforts == {"m1": None, "m2": "high", "m3": None, "judge": None, "writer": None}
+
+
+PICTURE = ({"role": "user", "content": [
+    {"type": "text", "text": "What is this?"},
+    {"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBORw0KGgo="}}]},)
+
+
+def test_images_go_to_the_models_that_take_them_alone(rig):
+    blind = {"m2", "writer"}
+    made = rig(panel=["m1", {"model": "m2", "vision": False}, "m3"],
+               synthesizer={"model": "writer", "vision": False})
+    made.fuse(PICTURE)
+    for post in made.up.posts():
+        assert ("image_url" in post.raw.decode()) == (post.model not in blind)
+        assert post.messages[0]["content"][0] == PICTURE[0]["content"][0]
+    for model in ("m1", "m3", "judge"):
+        appended(made.up.posts(model)[0], PICTURE)
+    assert {(entry["code"], entry["model"]) for entry in made.run.degraded} == {
+        ("rewritten", model) for model in blind}
 
 
 # ---- interrupts and cancel --------------------------------------------------------------------
