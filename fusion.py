@@ -714,6 +714,7 @@ class Draft(NamedTuple):
     slots: tuple
     cut: bool = False
     letter: str = ""
+    usage: Usage = Usage()
 
     @property
     def names(self):
@@ -1671,6 +1672,8 @@ AFTER_FINISH_S = 2.0        # for a usage chunk after finish_reason, from server
 AFTER_DONE_S = 0.25         # for the end of the body after [DONE], to keep the connection
 KEEP_IDLE_S = 60.0          # an idle connection is kept so long
 NO_CHAT = re.compile(r"embed|rerank|whisper|tts|bge-|moderation|dall-e|image")
+BREAKER_CALLS = 5           # failed calls in a row after which a model is left alone
+BREAKER_S = 30.0            # for so long
 LOCAL_OWNERS = {"llamacpp", "library", "vllm", "organization_owner", "organization-owner",
                 "lmstudio", "me", "fusion-fake"}
 
@@ -1683,7 +1686,10 @@ class Network:
         self.idle = {}
         self.context = None
         self.lessons = {}
+        self.windows = {}
+        self.broken = {}
         self.local = {}
+        self.proxies = {}
         self.turns = threading.Condition()
         self.busy = collections.Counter()
 
@@ -1741,6 +1747,28 @@ class Network:
     def learnt(self, member):
         """Return {lesson: why} of what this backend and model refused so far."""
         return self.lessons.setdefault((member.backend.url, member.model), {})
+
+    def admit(self, member):
+        """Raise CallError while a model is left alone, since its last calls all failed."""
+        count, until = self.broken.get((member.backend.url, member.model), (0, 0.0))
+        wait = until - time.monotonic()
+        if count >= BREAKER_CALLS and wait > 0:
+            raise CallError("its last %d calls failed; it is asked again in %.0f s"
+                            % (count, wait), kind="breaker", retry_after=wait)
+
+    def report(self, member, error=None):
+        """Note how a call ended; only what says that the backend is down counts against it."""
+        place = (member.backend.url, member.model)
+        with self.lock:
+            if error is None:
+                self.broken.pop(place, None)
+            elif error.kind in ("connection", "timeout", "server"):
+                count = self.broken.get(place, (0, 0.0))[0] + 1
+                self.broken[place] = (count, time.monotonic() + BREAKER_S)
+
+    def window(self, member):
+        """Return the context window of a member in tokens as far as it is known, or None."""
+        return self.windows.get((member.backend.url, member.model)) or window_of(member)
 
     def price(self, member, config, cancel=None):
         """Return the Price of a member, or None. Local engines on this machine cost nothing."""
@@ -2062,12 +2090,12 @@ class EventLines:
 class ThinkFilter:
     """Parts a stream whose answer opens with `<think>` blocks into answer and reasoning."""
 
-    OPEN, CLOSE = "<think>", "</think>"
+    OPEN = ("<think>", "<thinking>")
 
     def __init__(self):
         self.held = ""
         self.state = "start"
-        self.thought = False
+        self.close = ""
 
     def feed(self, piece):
         """Return (answer, reasoning) that this piece adds."""
@@ -2076,16 +2104,19 @@ class ThinkFilter:
         self.held += piece
         if self.state == "start":
             head = self.held.lstrip()
-            if not head.startswith(self.OPEN):
-                self.held = head if self.thought else self.held
-                return ("", "") if self.OPEN.startswith(head) else self.end()
-            self.state, self.held, self.thought = "inside", head[len(self.OPEN):], True
-        thought, closed, rest = self.held.partition(self.CLOSE)
+            opened = [tag for tag in self.OPEN if head.startswith(tag)]
+            if not opened:
+                self.held = head if self.close else self.held
+                wait = any(tag.startswith(head) for tag in self.OPEN)
+                return ("", "") if wait else self.end()
+            self.state, self.close = "inside", opened[0].replace("<", "</")
+            self.held = head[len(opened[0]):]
+        thought, closed, rest = self.held.partition(self.close)
         if closed:
             self.state, self.held = "start", ""
             answer, more = self.feed(rest)
             return answer, thought + more
-        kept = len(self.CLOSE) - 1
+        kept = len(self.close) - 1
         self.held = thought[-kept:]
         return "", thought[:-kept]
 
@@ -2317,6 +2348,8 @@ def error_words(value):
         if isinstance(inner, (dict, str)):
             return error_words(inner)
         message = value.get("message") or value.get("detail") or value.get("type") or ""
+        if isinstance(value.get("n_ctx"), int):
+            message = "%s (n_ctx %d)" % (message, value["n_ctx"])
         code = value.get("code") if value.get("code") is not None else value.get("type")
         metadata = value.get("metadata")
         if isinstance(metadata, dict) and isinstance(metadata.get("raw"), str):
@@ -2578,16 +2611,22 @@ class Call:
     def answer(self):
         """Return the Reply of the first attempt that succeeds, and record them all."""
         status = "failed"
+        network = self.run.network
         try:
+            network.admit(self.member)
             while True:
                 self.run.check()
                 known = dict(self.lessons)
                 try:
                     reply = self.attempt(known)
                     status = reply.finish
+                    network.report(self.member)
                     return reply
                 except CallError as error:
                     self.sleep_or_raise(error, known)
+        except CallError as error:
+            network.report(self.member, error)
+            raise
         except Cancelled as cancelled:
             status = cancelled.message
             raise
@@ -2882,10 +2921,13 @@ def converse(run, member, messages, registry=None, turns=TOOL_TURNS, **options):
 # | the synthesizer after its first word  | the stream ends as an error       | stream_cut         |
 # | refine: no answer, or a worse one     | the unrefined answer              | refine_rejected    |
 # | the budget                            | less of everything, then an error | budget_cut         |
+# | the context of a model is too small   | longest drafts cut head and tail  | context_trimmed    |
 # | tools asked for that are not there    | members answer without            | tools_missing      |
 #
 # From transport come price_unknown, usage_estimated and rewritten.
 
+MIN_DRAFT = 200             # bytes that are left of a draft however small the window
+OWN_WORDS = 900             # tokens of our longest prompt without its drafts
 REFINE_KEEPS = 0.6          # of the answer's length, or the refined one is rejected
 
 INTRO = """\
@@ -2984,7 +3026,7 @@ REFUSAL = re.compile(
 TRIVIAL = re.compile(
     r"\b(generate|create|write|suggest|give)\b.{0,30}\b(concise|short|brief|broad|\d).{0,30}"
     r"\b(title|tags?|follow-ups?|emoji|quer(y|ies)|names?)\b|"
-    r"\b(reply|respond|answer)\b.{0,20}\b(one word|a single word|yes or no|only yes|ok)\b",
+    r"\b(reply|respond|answer)\b.{0,20}\b(one word|a single word|yes or no|only yes)\b",
     re.IGNORECASE)
 
 GREETING = re.compile(r"\W*(hi|hello|hey|thanks?|thank you|ok|okay|yes|no|test|ping|bye)"
@@ -3083,6 +3125,57 @@ def panel_slots(config):
     return slots
 
 
+def shortened(drafts, room):
+    """Return the drafts with the longest cut, head and tail kept, to `room` bytes in all."""
+    sizes = sorted(len(draft.text.encode("utf-8", "replace")) for draft in drafts)
+    limit, left = 0, room
+    for index, size in enumerate(sizes):  # those that are short leave more to the others
+        limit = max(MIN_DRAFT, left // (len(sizes) - index))
+        left -= min(size, limit)
+
+    def short(draft):
+        data = draft.text.encode("utf-8", "replace")
+        if len(data) <= limit:
+            return draft
+        head, tail = data[:limit * 3 // 5], data[len(data) - limit * 2 // 5:]
+        mark = "\n[... %s left out ...]\n" % plural(len(data) - len(head) - len(tail), "byte")
+        return draft._replace(text=head.decode("utf-8", "ignore") + mark
+                              + tail.decode("utf-8", "ignore"))
+
+    return tuple(map(short, drafts))
+
+
+def with_room(run, member, messages, drafts, stage, ask):
+    """Return ask(drafts), with drafts cut to the context window of the member.
+
+    A window that nobody knew is learnt from the backend's refusal; then it is asked again.
+    """
+    network, place = run.network, (member.backend.url, member.model)
+    for tries_left in (2, 1, 0):
+        window = network.window(member)
+        shown = drafts
+        if window and drafts:
+            answer = min(window // 4, member.max_tokens or run.config.max_tokens)
+            room = 3 * (window - answer - OWN_WORDS - prompt_tokens(messages))
+            shown = shortened(drafts, room) if room < sum(
+                len(draft.text.encode("utf-8", "replace")) + 3 * FENCE for draft in drafts
+            ) else drafts
+        if shown is not drafts:
+            run.degrade("context_trimmed", stage, member.name,
+                        "drafts are cut to a window of %s" % plural(window, "token"))
+        try:
+            return ask(shown)
+        except CallError as error:
+            if error.kind != "context" or not drafts or not tries_left:
+                raise
+            said = re.search(r"n_ctx\D{0,3}(\d+)|(?:maximum|context)\D{0,30}?(\d{3,8})",
+                             error.message)
+            found = int(said.group(1) or said.group(2)) if said else 0
+            guess = prompt_tokens(messages + [user(draft.text) for draft in shown])
+            network.windows[place] = found if found and found != window else \
+                (window or guess) * 7 // 10
+
+
 def seen_by(member, messages, run, role):
     """Return the messages without images for a model that takes none; the receipt says so."""
     if takes_images(member) or not text_bytes(messages)[1]:
@@ -3163,10 +3256,14 @@ class Panel:
             view.emit("delta", slot=slot.index, layer=self.layer, text=text, reasoning=thought)
 
         tools = view.registry if config.tools_enabled and member.tools else None
-        return converse(
-            view, member, member_messages(config, self.messages, member, self.previous, view),
-            tools, role="member", stream=config.stream_members, on_delta=on_delta,
-            temperature=slot.temperature, max_tokens=member.max_tokens or config.max_tokens)
+
+        def ask(previous):
+            return converse(
+                view, member, member_messages(config, self.messages, member, previous, view),
+                tools, role="member", stream=config.stream_members, on_delta=on_delta,
+                temperature=slot.temperature, max_tokens=member.max_tokens or config.max_tokens)
+
+        return with_room(view, member, self.messages, self.previous, "member", ask)
 
     def take(self, future):
         """File the reply of a slot, or its failure; a failed slot may get a spare."""
@@ -3186,7 +3283,7 @@ class Panel:
             self.refusals.append(reply)
             self.failed(slot, CallError("refused: %s" % clip(fold(reply.text), 80)), spare=False)
             return
-        self.drafts.append(Draft(reply.text, (slot,), reply.cut))
+        self.drafts.append(Draft(reply.text, (slot,), reply.cut, "", reply.usage))
         self.tell(slot, "done", tokens=reply.usage.completion, cost=reply.usage.cost)
 
     def failed(self, slot, error, spare=True):
@@ -3293,25 +3390,12 @@ def panel_failed(failures, out_of_time):
 
 def judge(config, messages, drafts, run):
     """Return the Analysis of lettered drafts, or None: then the synthesis works from them raw."""
-    prompt = JUDGE_PROMPT.format(**introduction(drafts, run.tag))
-    cap = config.judge.max_tokens or JUDGE_CAP
     kept = min(0.2 * config.timeout_s, config.member_timeout_s)
     view = run.branch(deadline=run.deadline - kept)
     run.emit("stage", stage="judge", state="running", model=config.judge.name)
     try:
-        reply = ask_judge(config, messages, prompt, view, cap)
-        if reply.cut:
-            reply = ask_judge(config, messages, prompt, view, 2 * cap)
-            if reply.cut:
-                run.degrade("judge_repaired", "judge", config.judge.name,
-                            "cut off twice; what had come until then is used")
-        found = loose_object(reply.text, set(ANALYSIS_SCHEMA["properties"]))
-        if found is None:
-            repair = REPAIR_PROMPT.format(tag=run.tag, count=plural(len(drafts), "draft"),
-                                          reply=untagged(clip(reply.text, 20_000), run.tag))
-            reply = ask_judge(config, messages, repair, view, cap)
-            found = loose_object(reply.text, set(ANALYSIS_SCHEMA["properties"]))
-            run.degrade("judge_repaired", "judge", config.judge.name, "it had answered in prose")
+        found = with_room(view, config.judge, messages, drafts, "judge",
+                          lambda shown: judged(config, messages, shown, view))
     except (CallError, LimitError) as error:
         run.check()
         return judge_failed(config, run, error.message)
@@ -3323,6 +3407,26 @@ def judge(config, messages, drafts, run):
                     "%s not of the asked form" % plural(invalid, "entry"))
     run.emit("stage", stage="judge", state="done", model=config.judge.name)
     return analysis
+
+
+def judged(config, messages, drafts, run):
+    """Return the judge's JSON about drafts, after one longer try and one repair; or None."""
+    wanted = set(ANALYSIS_SCHEMA["properties"])
+    prompt = JUDGE_PROMPT.format(**introduction(drafts, run.tag))
+    cap = config.judge.max_tokens or JUDGE_CAP
+    reply = ask_judge(config, messages, prompt, run, cap)
+    if reply.cut:
+        reply = ask_judge(config, messages, prompt, run, 2 * cap)
+        if reply.cut:
+            run.degrade("judge_repaired", "judge", config.judge.name,
+                        "cut off twice; what had come until then is used")
+    found = loose_object(reply.text, wanted)
+    if found is None:
+        repair = REPAIR_PROMPT.format(tag=run.tag, count=plural(len(drafts), "draft"),
+                                      reply=untagged(clip(reply.text, 20_000), run.tag))
+        found = loose_object(ask_judge(config, messages, repair, run, cap).text, wanted)
+        run.degrade("judge_repaired", "judge", config.judge.name, "it had answered in prose")
+    return found
 
 
 def ask_judge(config, messages, prompt, run, cap):
@@ -3489,14 +3593,16 @@ def synthesize(config, messages, drafts, analysis, run, params):
     Without drafts it answers the conversation alone. Client parameters go here and nowhere else.
     When every synthesizer fails, the best draft stands in, and the receipt says so.
     """
-    prompt = []
-    if drafts:
-        prompt = [user(SYNTH_PROMPT.format(findings=findings(analysis, run.tag),
-                                           **introduction(drafts, run.tag)))]
+    def prompt(shown):
+        return [user(SYNTH_PROMPT.format(findings=findings(analysis, run.tag),
+                                         **introduction(shown, run.tag)))] if shown else []
+
+    live = run.live and not config.refine
     for writer in config.synthesizer:
         try:
-            return write(config, writer, list(messages) + prompt, run, "synth", params,
-                         run.live and not config.refine), writer.name
+            return with_room(run, writer, messages, drafts, "synth", lambda shown: write(
+                config, writer, list(messages) + prompt(shown), run, "synth", params, live
+            )), writer.name
         except LimitError as error:
             run.check()
             failure = error
@@ -3595,11 +3701,11 @@ def final_answer(text):
     said = re.findall(r"(?im)^[\s*_>#]*(?:final\s+)?answer\s*(?:is)?\s*[:=]\s*(.+?)\s*$", text)
     lines = [line for line in text.splitlines() if line.strip()]
     found = boxed[-1] if boxed else said[-1] if said else lines[-1] if lines else ""
-    found = fold(found.strip(" \t*_`\"'$.")).lower().rstrip(".!")
-    number = re.fullmatch(r"\+?(-?)0*(\d[\d,]*)(?:\.(\d*?)0*)?", found)
+    found = fold(found.strip(" \t*_`\"'$")).lower().rstrip(".!")
+    number = re.fullmatch(r"\+?(-?)0*(\d{1,3}(?:,\d{3})+|\d*)(?:\.(\d*?)0*)?", found)
     if number:
         sign, whole, part = number.groups()
-        return sign + whole.replace(",", "") + ("." + part if part else "")
+        return sign + (whole.replace(",", "") or "0") + ("." + part if part else "")
     return found
 
 
@@ -3687,8 +3793,9 @@ def without_judge(config, drafts, run):
     chosen = drafts[0] if not drafts[0].slots else vote(drafts) if config.vote else None
     if chosen is None:
         return None, ""
-    return Reply(chosen.text, refusal=not chosen.slots, finish="length" if chosen.cut else "stop"
-                 ), chosen.names[0] if chosen.slots else ""
+    reply = Reply(chosen.text, usage=chosen.usage, refusal=not chosen.slots,
+                  finish="length" if chosen.cut else "stop")
+    return reply, chosen.names[0] if chosen.slots else ""
 
 
 def finished(config, run, reply, author, drafts, analysis, why):
@@ -3697,11 +3804,11 @@ def finished(config, run, reply, author, drafts, analysis, why):
     if not run.shown:
         run.emit("answer", text=reply.text)
     run.emit("end", receipt=receipt)
-    counted = run.ledger.records
+    usage = add_up(run.ledger.records).usage
     if config.usage_scope == "answer":
-        counted = [record for record in counted if record.role in ("synth", "refine")] or \
-            [record for record in counted if record.model == author]
-    return Result(reply, drafts, add_up(counted).usage, receipt)
+        written = [record for record in run.ledger.records if record.role in ("synth", "refine")]
+        usage = add_up(written).usage if written else reply.usage
+    return Result(reply, drafts, usage, receipt)
 
 
 def receipt_of(config, run, author, drafts, analysis, why):

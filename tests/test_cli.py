@@ -1,4 +1,4 @@
-"""The command line: bad input gets one error and one hint, and the small commands tell the truth."""
+"""The command line: bad input gets one error and one hint; the small commands tell the truth."""
 import functools
 import json
 import os
@@ -281,13 +281,28 @@ def test_a_full_disk_is_named_and_is_no_defect(tmp_path, argv):
     assert len(lines_with("hint: ", found.err)) == 1
 
 
-def test_a_disk_that_fills_up_in_mid_answer_is_named_too(tmp_path):
-    limited = 'ulimit -f 4; exec "$0" "$1" ask --stream "why is it?" > answer.md'
+def run_on_a_small_disk(folder, words):
+    """What the program says that is started by these words of a shell, with room for 2 or 4 kB."""
+    limited = 'ulimit -f 4; exec "$0" "$1" ask "why is it?" ' + words
     with Upstream({"m/a": "word " * 3000}) as up:
-        found = run_in(tmp_path, ["sh", "-c", limited, sys.executable, FUSION_PY], cwd=tmp_path,
+        found = run_in(folder, ["sh", "-c", limited, sys.executable, FUSION_PY], cwd=folder,
                        env={"FUSION_BASE_URL": up.url, "FUSION_HISTORY": "0"})
     assert found.code not in (0, 120) and unharmed(found), found.err
-    assert len(lines_with("error: ", found.err)) == 1
+    assert len(lines_with("error: ", found.err)) == len(lines_with("hint: ", found.err)) == 1
+
+
+@pytest.mark.parametrize("flags", ["", "--stream "])
+def test_a_disk_that_fills_up_in_mid_answer_is_named_too(tmp_path, flags):
+    run_on_a_small_disk(tmp_path, flags + "> answer.md")
+
+
+def test_a_disk_that_fills_up_spares_the_old_answer(tmp_path):
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / "answer.md").write_text("an old answer")
+    run_on_a_small_disk(tmp_path, "-o out/answer.md")
+    assert {path.name: path.read_text() for path in folder.iterdir()} == {
+        "answer.md": "an old answer"}
 
 
 @pytest.mark.parametrize("descriptor", [0, 1, 2])

@@ -130,13 +130,17 @@ class Program:
     def text(self, name):
         return self.said[name].decode("utf-8", "replace")
 
+    def ending(self):
+        """The end of all that was said, for messages."""
+        return {name: data[-2000:] for name, data in self.said.items()}
+
     def wait_for(self, condition, name="err"):
         """Wait until a text stands in what was said, or a function of it is true."""
         holds = condition if callable(condition) else lambda said: condition in said
         with self.grown:
             if self.grown.wait_for(lambda: holds(self.text(name)), 10):
                 return
-        pytest.fail("waited in vain; it said %r" % self.said)
+        pytest.fail("waited in vain; it said %s" % self.ending())
 
     def signal(self, number):
         self.since = time.monotonic()
@@ -147,7 +151,7 @@ class Program:
         try:
             code = self.process.wait(timeout)
         except subprocess.TimeoutExpired:
-            pytest.fail("not done after %s s; it said %r" % (timeout, self.said))
+            pytest.fail("not done after %s s; it said %s" % (timeout, self.ending()))
         seconds = time.monotonic() - self.since
         for pump in self.pumps:
             pump.join(5)
@@ -515,10 +519,11 @@ def test_a_failure_is_an_error_object_in_json(ask, flags):
 
 
 def test_json_of_an_ascii_terminal_still_holds_every_letter(ask):
-    with Upstream(script(s="caf\u00e9 \U0001f600 \u202e")) as up:
+    answer = "caf\u00e9 \U0001f600 \u202e"
+    with Upstream(script(s=answer)) as up:
         found = ask(up, "hello there", "--json")
     assert found.raw_out.isascii()
-    assert json.loads(found.out)["choices"][0]["message"]["content"] == "caf\u00e9 \U0001f600 \u202e"
+    assert json.loads(found.out)["choices"][0]["message"]["content"] == answer
 
 
 # ---- to a file ------------------------------------------------------------------------------
