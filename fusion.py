@@ -77,7 +77,7 @@ import socket
 import threading
 import time
 from typing import Any, Callable, NamedTuple, Optional
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 # ---------------------------------------------------------------------------------------------
 # [01] basics: constants, errors, ids, tolerant JSON, threads
@@ -832,7 +832,7 @@ class Run:
     """
 
     def __init__(self, config, network, ledger, listener=None, registry=None,
-                 clock=time.monotonic, depth=0, live=False):
+                 clock=time.monotonic, depth=0, live=False, tape=None):
         self.config = config
         self.network = network
         self.ledger = ledger
@@ -842,6 +842,7 @@ class Run:
         self.depth = depth
         self.live = live
         self.shown = False
+        self.tape = tape
         self.stage = ""
         self.id = new_id("run-")
         self.tag = os.urandom(6).hex()
@@ -1770,6 +1771,22 @@ class Network:
         """Return the context window of a member in tokens as far as it is known, or None."""
         return self.windows.get((member.backend.url, member.model)) or window_of(member)
 
+    def proxy(self, scheme, host, port):
+        """Return the parts of the proxy URL that the environment names for a host, or None."""
+        if (scheme, host, port) not in self.proxies:
+            from urllib.request import getproxies, proxy_bypass
+            known = getproxies()
+            url = known.get(scheme) or known.get("all")
+            if host in ("localhost", "::1") or host.startswith("127.") or proxy_bypass(host):
+                url = None
+            parts = urlsplit(url if "://" in url else "http://" + url) if url else None
+            if parts and (parts.scheme != "http" or not parts.hostname):
+                raise CallError("the proxy %s://%s cannot be used, only http:// proxies"
+                                % (parts.scheme, parts.hostname), "unset %s_proxy, or set NO_PROXY"
+                                % scheme, kind="proxy")
+            self.proxies[scheme, host, port] = parts
+        return self.proxies[scheme, host, port]
+
     def price(self, member, config, cancel=None):
         """Return the Price of a member, or None. Local engines on this machine cost nothing."""
         known = price_of(member, config)
@@ -1857,6 +1874,7 @@ class Exchange:
         self.wire = None
         self.connection = None
         self.response = None
+        self.prefix, self.extra = "", {}
         parts = urlsplit(backend.url)
         self.path = parts.path
         self.place = (parts.scheme, parts.hostname,
@@ -1897,7 +1915,9 @@ class Exchange:
         self.plain = self.wire.plain
         self.stop_if_ended()
         self.sent = True
-        self.connection.request(method, self.path + path, body, headers or {})
+        prefix, extra = self.connection.by_proxy
+        self.connection.request(method, prefix + self.path + path, body,
+                                dict(headers or {}, **extra))
         self.response = self.connection.getresponse()
         self.stop_if_ended()
 
@@ -1905,9 +1925,11 @@ class Exchange:
         """Open a connection of our own, so that the whole of it has one deadline."""
         from http.client import HTTPConnection
         scheme, host, port = self.place
+        proxy = self.network.proxy(scheme, host, port)
         until = min(self.until, self.started + CONNECT_S)
         failure = OSError("no address")
-        for family, kind, protocol, _, address in self.addresses(host, port, until):
+        near = (proxy.hostname, proxy.port or 80) if proxy else (host, port)
+        for family, kind, protocol, _, address in self.addresses(near[0], near[1], until):
             self.stop_if_ended()
             self.plain = socket.socket(family, kind, protocol)
             try:
@@ -1919,12 +1941,31 @@ class Exchange:
         else:
             raise failure
         self.plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if proxy and scheme == "https":
+            self.tunnel(Wire(self.plain, until), proxy)
+        elif proxy:
+            self.prefix = "http://%s:%d" % (host, port)
+            self.extra = proxy_headers(proxy)
         if scheme == "https":
             self.plain = self.network.tls().wrap_socket(
                 self.plain, server_hostname=host, do_handshake_on_connect=False)
             Wire(self.plain, until).hurry().do_handshake()
         self.connection = HTTPConnection(host, port)
         self.connection.sock = Wire(self.plain, self.until)
+        self.connection.by_proxy = (self.prefix, self.extra)
+
+    def tunnel(self, wire, proxy):
+        """Have the proxy connect us to an https host; TLS then runs between us and that host."""
+        from http.client import HTTPResponse
+        lines = ["CONNECT %s:%d HTTP/1.1" % self.place[1:], "Host: %s:%d" % self.place[1:]]
+        lines += ["%s: %s" % pair for pair in proxy_headers(proxy).items()]
+        wire.sendall("\r\n".join(lines + ["", ""]).encode("latin-1"))
+        response = HTTPResponse(wire, method="CONNECT")
+        response.begin()
+        if response.status != 200:
+            raise CallError("the proxy %s answered %d %s" % (
+                proxy.hostname, response.status, response.reason),
+                "the proxy's user and password belong into https_proxy", kind="proxy")
 
     def addresses(self, host, port, until):
         """Look a host up, on a thread: the system's resolver knows no deadline."""
@@ -1979,6 +2020,14 @@ class Exchange:
             self.plain.close()
 
 
+def proxy_headers(proxy):
+    """Return the headers that a proxy with user and password wants."""
+    if not proxy.username:
+        return {}
+    pair = "%s:%s" % (unquote(proxy.username), unquote(proxy.password or ""))
+    return {"Proxy-Authorization": "Basic " + base64.b64encode(pair.encode()).decode()}
+
+
 def connection_error(backend, error, started):
     """Return the CallError for a connection that failed before or while answering."""
     name = type(error).__name__
@@ -2010,17 +2059,17 @@ def request_headers(backend, depth=0):
     return headers
 
 
-def get_models(network, backend, cancel=None, seconds=10.0):
-    """Return the model objects of GET /models. Raises CallError."""
+def get_models(network, backend, cancel=None, seconds=10.0, path="/models"):
+    """Return the model objects of GET /models (of another path: []). Raises CallError."""
     exchange = Exchange(network, backend, cancel or Cancel(), seconds)
     try:
-        status = exchange.open("GET", "/models", None, request_headers(backend))
+        status = exchange.open("GET", path, None, request_headers(backend))
         body = b"".join(body_pieces(exchange))
         if status != 200:
             raise refusal_error(backend, status, body, exchange.response)
         found = json.loads(body.decode("utf-8", "replace"))
         data = found.get("data") if isinstance(found, dict) else found
-        return [model for model in data or []
+        return [model for model in (data or [] if path == "/models" else [])
                 if isinstance(model, dict) and isinstance(model.get("id"), str)]
     except (ValueError, TypeError):
         raise CallError("%s did not answer with a list of models" % backend.place, kind="protocol")
@@ -2777,6 +2826,75 @@ class Call:
             self.run.clock() - self.started, self.attempts, status))
 
 
+class Tape:
+    """A recording of calls: what `--record` writes and `--replay` answers from, a line a call.
+
+    A call is known by its model, messages and parameters, with the run's fence tag taken out, so
+    that a replay with another judge or writer pays only from there on. Keys are never in it.
+    """
+
+    def __init__(self, record="", replay=""):
+        self.lock = threading.Lock()
+        self.replaying = bool(replay)
+        self.known = {}
+        try:
+            if replay:
+                with open(replay, encoding="utf-8") as file:
+                    for line in file:
+                        entry = json.loads(line)
+                        self.known.setdefault(entry["key"], []).append(entry)
+            self.file = None
+            if record:
+                handle = os.open(record, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+                self.file = open(handle, "w", encoding="utf-8")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UsageError("cannot use the recording %s: %s" % (record or replay,
+                                                                  reason_of(error)),
+                             "--record names a new file, --replay one that --record wrote")
+
+    def key(self, run, member, messages, role, params):
+        """Return what a call is known by."""
+        import hashlib
+        said = json.dumps([role, member.model, messages, params], sort_keys=True)
+        return hashlib.sha256(said.replace(run.tag, "").encode()).hexdigest()
+
+    def find(self, key):
+        """Return the recorded call, in turn if there are several; None if there is none."""
+        with self.lock:
+            entries = self.known.get(key)
+            if entries:
+                entries.append(entries.pop(0))
+                return entries[-1]
+        return None
+
+    def keep(self, run, key, call, reply, error):
+        """Write one call: who was asked what, and the reply or the error."""
+        if self.file is None:
+            return
+        held = reply._replace(usage=None)._asdict() if reply else None
+        entry = {"key": key, "role": call.role, "model": call.member.model,
+                 "params": call.params, "messages": call.messages, "reply": held,
+                 "usage": reply.usage._asdict() if reply else None,
+                 "error": {"message": error.message, "kind": error.kind} if error else None}
+        line = json.dumps(entry).replace(run.tag, "")
+        with self.lock:
+            self.file.write(call.member.backend.redact(line) + "\n")
+            self.file.flush()
+
+
+def replayed(run, member, role, entry, on_delta):
+    """Return the Reply of a recorded call, or raise its error; it costs nothing."""
+    if entry["error"]:
+        raise CallError(entry["error"]["message"], kind=entry["error"]["kind"])
+    usage = Usage(**entry["usage"])
+    run.ledger.record(CallRecord(member.name, role, usage, 0.0, "replay", 0.0, 0, "replayed"))
+    reply = Reply(**dict(entry["reply"], usage=usage._replace(cost=0.0),
+                         tool_calls=tuple(entry["reply"]["tool_calls"])))
+    if on_delta is not None:
+        on_delta(reply.text, reply.reasoning)
+    return reply
+
+
 def complete(run, member, messages, role="member", stream=True, on_delta=None, relayed=False,
              **params):
     """Ask one model and return its Reply; the only function that talks to a model.
@@ -2786,7 +2904,24 @@ def complete(run, member, messages, role="member", stream=True, on_delta=None, r
     second attempt after the first text. The whole call, retries included, takes at most
     `member_timeout_s`. Raises CallError, LimitError or Cancelled; all attempts are in the ledger.
     """
-    return Call(run, member, messages, role, stream, on_delta, relayed, params).answer()
+    call = Call(run, member, messages, role, stream, on_delta, relayed, params)
+    if run.tape is None:
+        return call.answer()
+    key = run.tape.key(run, member, messages, role, params)
+    entry = run.tape.find(key)
+    if entry is not None:
+        return replayed(run, member, role, entry, on_delta)
+    require_keys([member])
+    reply = failure = None
+    try:
+        reply = call.answer()
+        return reply
+    except CallError as error:
+        failure = error
+        raise
+    finally:
+        if reply or failure:
+            run.tape.keep(run, key, call, reply, failure)
 
 
 def with_auto_panel(config, network, cancel=None):
@@ -3749,7 +3884,8 @@ def fuse(config, messages, run, params=None):
     UsageError, BackendError, LimitError or Cancelled; then there is no answer.
     """
     params = dict(params or {})
-    require_keys(all_members(config))
+    if run.tape is None or not run.tape.replaying:
+        require_keys(all_members(config))
     run.seed = seed_of(messages, params)
     config, why = planned(config, messages, run, params)
     drafts, analysis, reply, author = (), None, None, ""
@@ -4470,7 +4606,8 @@ def ask(args, config, network, screen):
     if args.output:
         check_output(args.output)
     live = not args.output and (args.stream or (screen.stream and not args.json))
-    run = start_run(config, network, live=live)
+    tape = Tape(args.record, args.replay) if args.record or args.replay else None
+    run = start_run(config, network, live=live, tape=tape)
     events = args.json and args.stream
     screen.stream = live and not args.json
 
@@ -4649,6 +4786,7 @@ EXAMPLES = {
             "git diff | %s ask \"review this\"" % PROGRAM,
             "ask --file report.txt --panel openai/gpt-5.5,x-ai/grok-4.7 \"What is missing?\"",
             "ask --estimate --config frontier \"...\"", "ask --json \"...\" > answer.json"],
+    "doctor": ["doctor", "doctor --config frontier", "doctor --json"],
     "fake": ["fake --port 8080", "fake    (a free port, which is printed)"],
     "presets": ["presets", "presets show budget", "presets --export my-presets"],
     "models": ["models", "models --refresh"],
@@ -4706,6 +4844,8 @@ def build_parser():
                      help="print the planned calls and their price, send nothing")
     calling_options(one)
 
+    calling_options(command("doctor", "what this installation can do, and what is wrong"))
+
     fake = command("fake", "the key-free fake backend alone")
     fake.add_argument("--port", type=int, default=0, metavar="N", help="0 is any free port")
 
@@ -4755,6 +4895,9 @@ def calling_options(parser):
     group.add_argument("--max-cost", type=float, metavar="USD", help="a hard ceiling")
     group.add_argument("--timeout", type=float, metavar="S", help="seconds for the whole request")
     group.add_argument("--env-file", metavar="F", help="read keys and addresses from this file")
+    group.add_argument("--record", metavar="FILE", help="write each call of the run to a new file")
+    group.add_argument("--replay", metavar="FILE",
+                       help="answer from such a file; only what is not in it is asked and paid")
     group.add_argument("--no-history", action="store_true", help="keep nothing on disk")
     parser.add_argument("--json", action="store_true", help="the response object of the server")
     talking_options(parser)
@@ -4780,7 +4923,7 @@ def configured(args):
     env = read_env(args.env_file)
     backend = None
     if args.fake:
-        backend = fake_backend() if args.estimate else start_fake()
+        backend = fake_backend() if getattr(args, "estimate", False) else start_fake()
     return with_flags(load_config(args.config, env, backend), flags_of(args))
 
 
@@ -4890,8 +5033,114 @@ def model_row(model):
             "context": context if isinstance(context, int) else row[3], "images": row[4]}
 
 
-COMMANDS = {"ask": run_ask, "fake": run_fake, "presets": run_presets, "models": run_models,
-            "show": show}
+class Doctor:
+    """Looks at an installation line by line; nothing here calls a model."""
+
+    def __init__(self, network):
+        self.network = network
+        self.lines = []
+        self.lists = {}
+
+    def say(self, state, what, detail):
+        """Add a line: state is ok, note or fail."""
+        self.lines.append({"state": state, "what": what, "detail": detail})
+
+    def program(self):
+        """The interpreter, and this file."""
+        import hashlib
+        import platform
+        with open(os.path.abspath(__file__), "rb") as file:
+            digest = hashlib.sha256(file.read()).hexdigest()
+        self.say("ok", "python", "%s at %s" % (platform.python_version(), sys.executable))
+        self.say("ok", "fusion.py", "%s, SHA-256 %s" % (VERSION, digest))
+
+    def terminal(self, screen):
+        """What the terminal shows, and whether runs can be kept for `show`."""
+        self.say("ok", "terminal", "%s, %s, stdout in %s" % (
+            "live lines" if screen.tty else "plain lines",
+            "colours" if screen.color else "no colours", sys.stdout.encoding))
+        folder = state_dir()
+        while not os.path.exists(folder):
+            folder = os.path.dirname(folder)
+        good = os.access(folder, os.W_OK)
+        self.say("ok" if good else "note", "state", "%s %s" % (
+            state_dir(), "" if good else "cannot be written; runs are not kept"))
+
+    def config(self, config):
+        """The configuration, and where each value that is no default came from."""
+        self.say("ok", "config", config.source)
+        by_origin = {}
+        for key, origin in config.origins.items():
+            by_origin.setdefault(origin, []).append(key)
+        for origin, keys in by_origin.items():
+            self.say("ok", "config", "%s: %s" % (origin, ", ".join(keys)))
+
+    def backend(self, backend):
+        """Whether a backend can be reached and takes the key."""
+        key = "no key" if not backend.key else "%s (...%s)" % (backend.key_name, backend.key[-4:])
+        try:
+            if backend.host == "openrouter.ai":  # its list of models is open to everyone
+                get_models(self.network, backend, path="/key")
+            start = time.monotonic()
+            self.lists[backend.url] = [model["id"] for model in get_models(self.network, backend)]
+            self.say("ok", "backend", "%s with %s: %s in %.0f ms" % (
+                backend.place, key, plural(len(self.lists[backend.url]), "model"),
+                1000 * (time.monotonic() - start)))
+        except FusionError as error:
+            self.say("fail", "backend", "%s with %s: %s; hint: %s" % (
+                backend.place, key, error.message, error.hint))
+
+    def member(self, role, member, config):
+        """Whether a backend has the model, and whether its price is known."""
+        listed = self.lists.get(member.backend.url)
+        if listed is None:
+            return
+        what = "%s %s" % (role, member.name)
+        price = self.network.price(member, config)
+        if member.backend.fake or member.model in listed:
+            cost = "costs nothing" if price is LOCAL_PRICE else price and \
+                "$%g in, $%g out per million tokens" % (price.input, price.output)
+            self.say("ok" if price else "note", what, cost or "its price is not known")
+        elif len(listed) == 1 and member.backend.nearby:
+            self.say("note", what, "the backend will answer as %s, the one model that it has"
+                     % listed[0])
+        else:
+            self.say("fail", what, "%s does not have it; %s" % (
+                member.backend.place, did_you_mean(member.model, listed)))
+
+
+def run_doctor(args, screen):
+    """The command doctor: what this installation can do; exit code 1 if something fails."""
+    network = Network()
+    doctor = Doctor(network)
+    doctor.program()
+    doctor.terminal(screen)
+    try:
+        config = configured(args)
+        doctor.config(config)
+        require_keys(all_members(config) or [Member(backend=config.backend)])
+        config = with_auto_panel(config, network)
+        for backend in dict.fromkeys(member.backend for member in all_members(config)):
+            doctor.backend(backend)
+        roles = [("member", member) for member in config.panel] + [("judge", config.judge)] + \
+            [("writer", member) for member in config.synthesizer]
+        for role, member in roles:
+            doctor.member(role, member, config)
+    except FusionError as error:
+        what = "backend" if isinstance(error, BackendError) else "config"
+        doctor.say("fail", what, "%s; hint: %s" % (error.message, error.hint))
+    failed_lines = [line for line in doctor.lines if line["state"] == "fail"]
+    if args.json:
+        screen.data(json.dumps({"ok": not failed_lines, "checks": doctor.lines}, indent=2))
+    else:
+        rows = [[clean_line(cell) for cell in line.values()] for line in doctor.lines]
+        for line in table(rows):
+            screen.data(line)
+    return 1 if failed_lines else 0
+
+
+COMMANDS = {"ask": run_ask, "doctor": run_doctor, "fake": run_fake, "presets": run_presets,
+            "models": run_models, "show": show}
 
 
 def parse(argv):

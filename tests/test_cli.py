@@ -3,6 +3,7 @@ import functools
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import sys
@@ -490,6 +491,14 @@ def test_nothing_is_discovered_in_the_current_folder(tmp_path):
         check_complaint(run_fusion("ask", "why?", cwd=tmp_path), 2)
         found = run_fusion("ask", "--estimate", "--config", "budget", "why?", cwd=tmp_path)
         assert "google/gemini" in found.out and up.requests == []
+
+
+def test_a_module_that_lies_beside_the_file_is_not_imported(tmp_path):
+    copy = shutil.copy(str(FUSION_PY), str(tmp_path / "fusion.py"))
+    for name in ("json", "difflib", "http", "random"):
+        (tmp_path / (name + ".py")).write_text("raise SystemExit('planted')")
+    found = run_fusion("ask", "--fake", "why?", path=copy)
+    assert found.code == 0 and "[fake]" in found.out, found.err
 
 
 def test_settings_come_from_flag_then_variable_then_home(tmp_path):

@@ -78,8 +78,10 @@ def test_the_command_runs_on_the_fake_backend(line, tmp_path):
     (tmp_path / "plot.png").write_bytes(b"\x89PNG\r\n\x1a\n rest")
     words = shlex.split(line.split("|")[-1])
     args = words[words.index("fusion.py") + 1:]
-    if args[0] == "ask" and "--fake" not in args:
+    if args[0] in ("ask", "doctor") and "--fake" not in args:
         args.insert(1, "--fake")
+    if "--replay" in args:
+        run_fusion("ask", "--fake", "--record", "calls.jsonl", "...", cwd=str(tmp_path))
     if args[0] == "show":
         run_fusion("ask", "--fake", "hello", home=tmp_path)
     result = run_fusion(*args, cwd=str(tmp_path), stdin=b"a diff" if "|" in line else None,

@@ -176,6 +176,7 @@ def test_the_answer_and_then_the_receipt_come_below_the_lines(terminal):
                                              "degraded: member_failed", "degraded: panel_thin")]
     assert order == sorted(order)
     assert ANSWER in lines, "the answer begins and ends its own lines"
+    assert [line for line in lines if line.split()[1:2] == ["..."]] == [], "nothing is unfinished"
 
 
 def test_the_answer_streams_to_a_terminal(terminal):
