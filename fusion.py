@@ -150,7 +150,8 @@ class CallError(BackendError):
     """One upstream call failed. `kind` says how (see classify), `retryable` whether again helps.
 
     `accepted` is true when the backend had begun to answer, so the call may be billed; `usage`
-    then holds what was reported before the end, or None. `retry_after` is in seconds, or None.
+    then holds what was reported before the end, or None. `cut` is true when the token cap ended
+    it before a first word. `retry_after` is in seconds, or None.
     """
 
     kind = "server"
@@ -159,7 +160,7 @@ class CallError(BackendError):
     retryable = False
     accepted = False
     usage = None
-    received = 0
+    cut = False
     retry_after = None
 
 
@@ -2320,7 +2321,8 @@ class Assembler:
     def empty(self, thoughts):
         if thoughts.strip() and self.finish in ("length", "max_tokens"):
             return CallError("reasoned until its token cap and answered nothing",
-                             "raise max_tokens", kind="empty", accepted=True, usage=self.usage)
+                             "raise max_tokens", kind="empty", accepted=True, cut=True,
+                             usage=self.usage)
         what = "reasoning only" if thoughts.strip() else "nothing"
         return CallError("answered with %s" % what, kind="empty", retryable=True, accepted=True,
                          usage=self.usage)
@@ -3411,6 +3413,9 @@ class Panel:
         except FusionError as error:
             self.failed(slot, error)
             return
+        except Exception as error:  # boundary: the member's thread; the others go on
+            self.failed(slot, CallError("%s: %s" % (type(error).__name__, error)), spare=False)
+            return
         if not reply.text.strip() and not reply.refusal:
             self.failed(slot, CallError("called tools and answered nothing"))
             return
@@ -3549,7 +3554,12 @@ def judged(config, messages, drafts, run):
     wanted = set(ANALYSIS_SCHEMA["properties"])
     prompt = JUDGE_PROMPT.format(**introduction(drafts, run.tag))
     cap = config.judge.max_tokens or JUDGE_CAP
-    reply = ask_judge(config, messages, prompt, run, cap)
+    try:
+        reply = ask_judge(config, messages, prompt, run, cap)
+    except CallError as error:
+        if not error.cut:
+            raise
+        reply = Reply(finish="length")
     if reply.cut:
         reply = ask_judge(config, messages, prompt, run, 2 * cap)
         if reply.cut:

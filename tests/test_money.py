@@ -362,6 +362,17 @@ def test_an_accepted_attempt_that_failed_counts_with_the_one_that_succeeded(aske
     assert line.usage.prompt > 1000
 
 
+@pytest.mark.parametrize("cut", ["fin", "rst"])
+def test_a_usage_that_came_before_the_cut_is_what_the_attempt_cost(asked, cut):
+    broken = Reply(chunks=["half ", "of"], usage=USAGE, cut_after=2, cut=cut,
+                   sse={"usage_on": "content"})
+    with Upstream({KNOWN: [broken, Reply("done", usage=USAGE)]}) as up:
+        line, run = asked(up, {"panel": [KNOWN], "max_retries": 1, "max_cost_usd": 5})
+    assert line.attempts == 2
+    assert (line.cost_usd, line.source) == (pytest.approx(2 * TABLE_USD), "table")
+    assert run.ledger.held == 0
+
+
 @pytest.mark.parametrize("status", [400, 429, 500, 503])
 def test_a_refused_attempt_costs_nothing(asked, status):
     fields = {"panel": [KNOWN], "max_retries": 1, "retry_backoff": 0}
@@ -950,6 +961,22 @@ def test_what_was_never_reported_is_held_so_that_a_retry_cannot_pass_the_ceiling
             fusion.fuse(config, QUESTION, run)
         assert len(up.posts()) == 2
     assert run.ledger.committed() == pytest.approx(2 * one, rel=0.1)
+
+
+def test_a_call_that_was_cancelled_before_it_was_sent_costs_nothing(fusion, ready):
+    values = {"panel": [KNOWN], "max_concurrency": 1, "max_cost_usd": 5, "max_tokens": 1000}
+    with Upstream(lambda request: Reply("x" * 80, delay=threading.Event())) as up:
+        config, run = ready(up, values)
+        calls = [fusion.spawn(fusion.complete, run, config.panel[0], QUESTION) for _ in range(2)]
+        assert up.wait_for(lambda: len(up.posts()) == 1 and run.ledger.reserved > 1.5 * 0.03)
+        run.cancel.set("the client left")
+        for call in calls:
+            with pytest.raises(fusion.Cancelled):
+                call.result(5)
+        assert len(up.posts()) == 1
+    assert len(run.ledger.records) == 1
+    assert 0.03 < run.ledger.committed() < 1.1 * 0.03
+    assert abs(run.ledger.reserved) < TINY
 
 
 def test_a_reported_usage_frees_the_rest_of_the_reservation(fusion, ready):
