@@ -76,7 +76,7 @@ import signal
 import socket
 import threading
 import time
-from typing import Any, Callable, NamedTuple, Optional
+from typing import Callable, NamedTuple, Optional
 from urllib.parse import unquote, urlsplit
 
 # ---------------------------------------------------------------------------------------------

@@ -190,8 +190,12 @@ def test_a_failure_in_one_layer_does_not_keep_the_member_from_the_next(rig):
 
 
 def test_a_member_late_after_quorum_and_grace_is_cut_off(rig):
-    made = rig(cast(m3=hangs(2)), quorum=2, grace_s=0)
-    result = made.fuse()
+    gate = threading.Event()
+    made = rig(cast(m1=Reply("draft of m1", delay=gate), m3=hangs(2)), quorum=2, grace_s=0)
+    future = made.begin()
+    assert made.up.wait_for(lambda: made.up.posts("m3"))
+    gate.set()
+    result = future.result(5)
     late, = troubles(made)
     assert (late["code"], late["model"], late["stage"]) == ("member_late", "m3", "panel")
     assert judged_drafts(made) == ["draft of m1", "draft of m2"]
@@ -1163,9 +1167,18 @@ def test_images_go_to_the_models_that_take_them_alone(rig):
 # ---- interrupts and cancel --------------------------------------------------------------------
 
 
+def hurried(made):
+    """The result of a run that is told to hurry once two drafts are in and the third hangs."""
+    future = made.begin(listener=on_slots(made, 9, None))
+    assert made.up.wait_for(lambda: made.up.posts("m3") and sum(
+        event.fields.get("state") == "done" for event in made.events) == 2)
+    made.run.hurry.set()
+    return future.result(5)
+
+
 def test_an_interrupt_goes_on_with_the_drafts_that_are_in(rig):
     made = rig(cast(m3=hangs(2)))
-    result = made.fuse(listener=on_slots(made, 2, lambda: made.run.hurry.set()))
+    result = hurried(made)
     assert judged_drafts(made) == ["draft of m1", "draft of m2"]
     assert codes_and_models(made) == [("member_late", "m3")]
     assert result.reply.text == ANSWER
@@ -1174,7 +1187,7 @@ def test_an_interrupt_goes_on_with_the_drafts_that_are_in(rig):
 
 def test_an_interrupt_skips_the_layers_that_are_left(rig):
     made = rig(cast(m3=hangs(2)), layers=3)
-    made.fuse(listener=on_slots(made, 2, lambda: made.run.hurry.set()))
+    hurried(made)
     assert made.calls() == {"m1": 1, "m2": 1, "m3": 1, "judge": 1, "writer": 1}
 
 
@@ -1218,7 +1231,8 @@ def test_a_cancel_closes_every_connection_and_starts_no_call(rig, fusion, models
     future = made.begin(live=live)
     hanging = sum(isinstance(reply, list) or reply.hang_after is not None
                   for reply in models.values())
-    assert made.up.wait_for(lambda: stuck(made, models) and made.up.in_flight == hanging)
+    assert made.up.wait_for(lambda: stuck(made, models) and made.up.in_flight == hanging
+                            and len(made.up.posts()) >= len(PANEL))
     before = len(made.up.posts())
     made.run.cancel.set("the client has left")
     with pytest.raises(fusion.Cancelled):

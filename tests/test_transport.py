@@ -414,6 +414,8 @@ NO_ANSWER = [
     ("HTML", Reply(body=b"<!DOCTYPE html><p>hello", content_type="text/html"), "protocol", False,
      "html"),
     ("prose", Reply(body=b"It works!", content_type="text/plain"), "protocol", False, "json"),
+    ("prose like a field", Reply(body=b"default backend - 404"), "protocol", False, "json"),
+    ("prose like an event", Reply(body=b"error: no model is loaded\n"), "protocol", False, "json"),
     ("a list", json_reply([1]), "protocol", False, "json"),
     ("an empty body", Reply(body=b""), "protocol", True, "empty"),
     ("blank space", Reply(body=b" \n \n"), "protocol", True, "empty"),
@@ -539,16 +541,16 @@ def spoilt_bodies():
 
 def test_no_shape_of_an_answer_crashes_the_call(fusion, serve, caller):
     bodies = list(spoilt_bodies())
-    one = caller(serve(lambda request: Reply(body=bodies[request.n][1])), max_retries=0)
-    crashed = []
-    for what, _ in bodies:
+    up = serve(lambda request: Reply(body=bodies[int(request.model)][1]))
+    one, crashed = caller(up, max_retries=0), []
+    for number, (what, _) in enumerate(bodies):
         try:
-            one.ask()
+            one.ask(model=str(number))
         except fusion.CallError:
             continue
         except Exception as error:
             crashed.append((what, repr(error)))
-    assert crashed == [] and len(bodies) > 800
+    assert crashed == [] and len(up.posts()) == len(bodies) > 800
 
 
 def wire_bytes(body, kind, chunked):
@@ -575,16 +577,16 @@ def spoilt_wire(rng):
 
 def test_no_bytes_of_an_answer_crash_the_call(fusion, serve, caller):
     rng = random.Random(SEED)
-    one = caller(serve(lambda request: Reply(raw=spoilt_wire(rng))), max_retries=0)
-    crashed, answered = [], 0
+    up = serve(lambda request: Reply(raw=spoilt_wire(rng)))
+    one, crashed, answered = caller(up, max_retries=0), [], 0
     for number in range(400):
         try:
-            answered += one.ask().text == "x"
+            answered += one.ask(model=str(number)).text == "x"
         except fusion.CallError:
             continue
         except Exception as error:
             crashed.append((number, repr(error)))
-    assert crashed == [] and 0 < answered < 400
+    assert crashed == [] and len(up.posts()) == 400 and 0 < answered < 400
 
 
 # ---- connections ----------------------------------------------------------------------------
@@ -633,13 +635,17 @@ def test_a_fresh_connection_that_fails_is_a_failed_attempt(serve, caller):
     assert one.ask().text == "hello" and one.record.attempts == 2
 
 
-def test_what_a_backend_says_on_an_idle_connection_is_no_answer(serve, caller):
+@pytest.mark.parametrize("later", [False, True], ids=["with-the-answer", "while-idle"])
+def test_what_a_backend_says_on_an_idle_connection_is_no_answer(serve, caller, later):
     body = encode(completion({"content": "first"}))
+    answer = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)
     late = b"HTTP/1.1 408 Request Timeout\r\nContent-Length: 0\r\n\r\n"
-    head = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body)
-    up = serve(Reply(raw=head + body + late, keep=True), "second")
+    drip = (len(answer), 0.05) if later else None
+    up = serve(Reply(raw=answer + late, drip=drip), "second")
     one = caller(up, max_retries=0)
-    assert [one.ask().text, one.ask().text] == ["first", "second"]
+    assert one.ask().text == "first"
+    assert up.wait_for(lambda: up.open_connections() == 0), "all that it says has been said"
+    assert one.ask().text == "second"
 
 
 def test_concurrent_calls_get_their_own_answers_and_share_connections(serve, caller):
@@ -804,6 +810,29 @@ def test_the_last_retry_may_bring_the_answer(serve, caller):
     one = caller(up, max_retries=2)
     assert one.ask().text == "hello"
     assert (one.record.attempts, len(one.run.ledger.records)) == (3, 1)
+
+
+def test_a_model_that_keeps_failing_is_left_alone_and_others_are_not(serve, caller):
+    up = serve({"m": error_reply(503, "busy"), "n": "hello"})
+    one = caller(up, max_retries=0)
+    for _ in range(20):
+        one.fail()
+    asked = len(up.posts("m"))
+    assert 2 <= asked < 20 and one.ask(model="n").text == "hello"
+    records = len(one.run.ledger.records)
+    one.fail()
+    assert len(up.posts("m")) == asked and len(one.run.ledger.records) == records
+
+
+@pytest.mark.parametrize("between", [Reply("hello"), error_reply(400, "no")], ids=["200", "400"])
+def test_a_model_that_answers_now_and_then_is_asked_again(fusion, serve, caller, between):
+    busy = error_reply(503, "busy")
+    up = serve(lambda request: between if request.n % 3 == 2 else busy)
+    one = caller(up, max_retries=0)
+    for _ in range(20):
+        with contextlib.suppress(fusion.CallError):
+            one.ask()
+    assert len(up.posts()) == 20
 
 
 def test_the_pause_before_a_retry_doubles(serve, caller):
@@ -1081,8 +1110,8 @@ def cancelled(fusion, one, call, reason="stop it"):
 @pytest.mark.parametrize("name", CANCELLED_IN)
 def test_cancel_ends_a_call_within_a_second(fusion, serve, caller, name):
     case = CANCELLED_IN[name]
-    up, pause = serve(case.to), "pause before" in name or "Retry" in name
-    one = caller(up, **case.settings)
+    up, pause = serve(case.to), "retry_backoff" in case.settings or case.to.status == 429
+    one = caller(up, max_retries=2 if pause else 0, **case.settings)
     call = Background(one.ask, **case.options)
     assert up.wait_for(lambda: len(up.posts()) == 1 and (not pause or up.in_flight == 0))
     cancelled(fusion, one, call)
@@ -1536,6 +1565,13 @@ def test_tool_turns_become_text_with_all_their_words(serve, caller):
     assert one.codes[:1] == ["rewritten"]
 
 
+def test_merging_leaves_the_results_of_tools_apart(serve, caller):
+    messages = CALLED + [said("user", "or not?")]
+    up = serve(refusing(Lesson(lambda body: len(body["messages"]) == len(messages), ALTERNATE)))
+    caller(up).ask(messages)
+    assert up.posts()[-1].messages == CALLED[:-1] + [said("user", "so?\n\nor not?")]
+
+
 def alternates(request):
     """Reply as a chat template does that knows user and assistant in turns, and nothing else."""
     roles = [message["role"] for message in request.messages]
@@ -1561,6 +1597,14 @@ def test_a_refusal_that_names_nothing_that_was_sent_is_final(serve, caller, stat
     one = caller(up)
     one.fail(max_tokens=9, temperature=0.5)
     assert len(up.posts()) == 1
+
+
+@pytest.mark.parametrize("messages, sent", [([], {}), (HELLO, {"response_format": "json"})],
+                         ids=["no-messages", "no-object"])
+def test_a_refusal_of_a_broken_request_is_told_as_it_is(serve, caller, messages, sent):
+    up = serve(error_reply(400, "messages or response_format are broken"))
+    one = caller(up)
+    assert "broken" in one.fail(messages, **sent).message
 
 
 def test_the_parameters_that_make_an_answer_right_are_never_dropped(serve, caller):
