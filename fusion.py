@@ -608,7 +608,8 @@ def panel_value(value):
 
 def writers_value(value):
     """Check a synthesizer: one member, or a list of them in the order of failover."""
-    return list_of(member_value, 1, 8)(value if isinstance(value, list) else [value])
+    return list_of(member_value, 1, 8)(value) if isinstance(value, list) else (
+        member_value(value),)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1131,7 +1132,7 @@ def load_config(choice, env, backend=None):
         raise UsageError("%s: %s %s" % (source, wrong.where() or "the configuration",
                                         wrong.reason),
                          "%s presets show budget prints one that works" % PROGRAM)
-    origins = dict.fromkeys(found, source)
+    origins = {key: source for key, value in found.items() if value is not None}
     if not found["panel"] and backend is None and not env.base_url():
         default = Backend(LOCAL_URLS[0])
         origins["backend"] = SEARCHED
@@ -1318,8 +1319,9 @@ def with_overrides(config, wanted, served=None):
 def bound_calls(config):
     """Raise UsageError when a request, not a configuration, plans too many upstream calls."""
     planned = len(config.panel) * config.samples * config.layers + 2 + config.refine
-    asked = "request" in config.origins.values() and config.mode != "solo"
-    if asked and planned > MAX_CALLS:
+    asked = any(config.origins.get(key) == "request"
+                for key in ("panel", "samples", "layers", "refine", "mode"))
+    if asked and planned > MAX_CALLS and config.mode != "solo":
         raise request_error("", "plans %d upstream calls; at most %d are allowed"
                             % (planned, MAX_CALLS))
 
@@ -2008,7 +2010,7 @@ class Exchange:
                 raise CallError("no complete answer after %.1f s"
                                 % (time.monotonic() - self.started),
                                 kind="timeout", retryable=True, accepted=self.sent)
-            raise connection_error(self.backend, error, self.response is not None)
+            raise connection_error(self.backend, error, self.sent, self.response is not None)
 
     def close(self):
         """End the exchange; a connection that was read to its end goes back to the pool."""
@@ -2029,7 +2031,7 @@ def proxy_headers(proxy):
     return {"Proxy-Authorization": "Basic " + base64.b64encode(pair.encode()).decode()}
 
 
-def connection_error(backend, error, started):
+def connection_error(backend, error, sent, started):
     """Return the CallError for a connection that failed before or while answering."""
     name = type(error).__name__
     words = backend.redact(fold(str(error) or name))
@@ -2048,7 +2050,7 @@ def connection_error(backend, error, started):
         return CallError("the connection was cut in mid-answer", kind="cut", retryable=True,
                          accepted=True)
     return CallError("the connection to %s failed: %s" % (backend.place, clip(words, 120)),
-                     kind="connection", retryable=True, accepted=name == "RemoteDisconnected")
+                     kind="connection", retryable=True, accepted=sent)
 
 
 def request_headers(backend, depth=0):
@@ -2385,11 +2387,12 @@ def read_whole(exchange, assembler, body):
         assembler.done = True
         assembler.feed(payload)
         return
-    what = "an HTML page" if words.startswith("<") else \
+    begun = words.startswith("{")
+    what = "an HTML page" if words.startswith("<") else "half a JSON object" if begun else \
         "what is not JSON" if words else "an empty body"
     raise CallError("%s answered with %s" % (exchange.backend.place, what),
                     "FUSION_BASE_URL should be the API's address, such as https://HOST/v1",
-                    kind="protocol", retryable=not words, accepted=not words)
+                    kind="protocol", retryable=begun or not words, accepted=begun or not words)
 
 
 def error_words(value):
@@ -2725,7 +2728,6 @@ class Call:
                 reply = self.exchange(encoded(body), assembler)
             cost, exact = self.bill(reply.usage, assembler, body)
         except CallError as error:
-            exact = not error.accepted
             if error.accepted:
                 cost, exact = self.bill(error.usage or assembler.usage, assembler, body)
             raise
@@ -3570,7 +3572,8 @@ def judged(config, messages, drafts, run):
         repair = REPAIR_PROMPT.format(tag=run.tag, count=plural(len(drafts), "draft"),
                                       reply=untagged(clip(reply.text, 20_000), run.tag))
         found = loose_object(ask_judge(config, messages, repair, run, cap).text, wanted)
-        run.degrade("judge_repaired", "judge", config.judge.name, "it had answered in prose")
+        if found is not None:
+            run.degrade("judge_repaired", "judge", config.judge.name, "it had answered in prose")
     return found
 
 
@@ -3894,6 +3897,7 @@ def fuse(config, messages, run, params=None):
     UsageError, BackendError, LimitError or Cancelled; then there is no answer.
     """
     params = dict(params or {})
+    check_request(messages, params)
     if run.tape is None or not run.tape.replaying:
         require_keys(all_members(config))
     run.seed = seed_of(messages, params)
@@ -3916,16 +3920,34 @@ def fuse(config, messages, run, params=None):
     return finished(config, run, reply, author, drafts, analysis, why)
 
 
+def check_request(messages, params):
+    """Raise UsageError for what backends take for something else: no messages, a cap of 0 or -1."""
+    try:
+        with inside("messages"):
+            list_of(lambda message: typed(message, dict, "an object"), 1, 100_000)(messages)
+        for name, high in (("max_tokens", 10_000_000), ("max_completion_tokens", 10_000_000),
+                           ("n", 4)):
+            with inside(name):
+                or_null(integer(1, high))(params.get(name))
+    except Wrong as wrong:
+        raise UsageError("%s %s" % (wrong.where(), wrong.reason), "see OpenAI's chat completions",
+                         param=wrong.where())
+
+
 def planned(config, messages, run, params):
     """Return (config, reason of the mode): auto decided, and cut down to the budget."""
     config = with_auto_panel(config, run.network, run.cancel)
     bound_calls(config)
     mode, why = depth_of(config, messages, params)
     config = dataclasses.replace(config, mode=mode)
-    cap = params.get("max_completion_tokens") or params.get("max_tokens")
+    cap = params.get("max_completion_tokens") or params.get("max_tokens") or \
+        config.writer.max_tokens or config.max_tokens
+    extra = [{"content": params[name]} for name in ("tools", "response_format")
+             if params.get(name)]
     ceiling = run.ledger.ceiling
     left = None if ceiling is None else ceiling - run.ledger.committed()
-    config, cuts = within_budget(config, messages, cap, left, run.network.price)
+    config, cuts = within_budget(config, list(messages) + extra, cap * (params.get("n") or 1),
+                                 left, run.network.price)
     for cut in cuts:
         run.degrade("budget_cut", "plan", "", cut)
     run.emit("start", mode=config.mode, reason=why, layers=config.layers,
@@ -4116,15 +4138,17 @@ def fake_post(handler):
     head = {"id": new_id("fake-"), "created": int(time.time()), "model": body.get("model")}
     time.sleep(FAKE_PAUSE_S * 10 * (1 + len(str(body.get("model"))) % 4))
     if body.get("stream"):
-        fake_stream(handler, head, pieces, finish, usage)
+        options = body.get("stream_options")
+        wants_usage = isinstance(options, dict) and options.get("include_usage") is True
+        fake_stream(handler, head, pieces, finish, usage, wants_usage)
         return
     message = {"role": "assistant", "content": "".join(pieces)}
     fake_send(handler, dict(head, object="chat.completion", usage=usage, choices=[
         {"index": 0, "message": message, "finish_reason": finish}]))
 
 
-def fake_stream(handler, head, pieces, finish, usage):
-    """Send an answer as a stream of events."""
+def fake_stream(handler, head, pieces, finish, usage, wants_usage):
+    """Send an answer as a stream of events, with its usage if that was asked for."""
     handler.send_response(200)
     handler.send_header("Content-Type", "text/event-stream")
     handler.send_header("Transfer-Encoding", "chunked")
@@ -4140,7 +4164,8 @@ def fake_stream(handler, head, pieces, finish, usage):
         event(choices=[{"index": 0, "delta": {"content": piece}, "finish_reason": None}])
         time.sleep(FAKE_PAUSE_S)
     event(choices=[{"index": 0, "delta": {}, "finish_reason": finish}])
-    event(choices=[], usage=usage)
+    if wants_usage:
+        event(choices=[], usage=usage)
     send(b"[DONE]")
     handler.wfile.write(b"0\r\n\r\n")
 
@@ -4203,7 +4228,7 @@ def fake_backend(port=0):
 # C0 but for tab and newline, DEL, C1, and the marks that reorder text: none of them may reach a
 # terminal from a model's words.
 UNSAFE = {code: None for code in itertools.chain(
-    range(9), range(11, 32), range(127, 160), (0x200E, 0x200F), range(0x202A, 0x202F),
+    range(9), range(11, 32), range(127, 160), (0x061C, 0x200E, 0x200F), range(0x202A, 0x202F),
     range(0x2066, 0x206A))}
 COLOURS = {"red": "31", "green": "32", "yellow": "33", "dim": "2"}
 STATES = {"running": "...", "streaming": "...", "done": "ok", "failed": "failed", "late": "late"}
@@ -4255,15 +4280,15 @@ class Screen:
     written once, when it is final. stdout is written by `answer` and `data` alone.
     """
 
-    def __init__(self, quiet=False, stream=None, color=True, out=None, err=None):
-        self.out = out or sys.stdout
-        self.err = err or sys.stderr
-        self.quiet = quiet
+    def __init__(self):
+        self.out = sys.stdout
+        self.err = sys.stderr
+        self.quiet = False
         dumb = os.environ.get("TERM", "") in ("dumb", "")
         self.tty = self.err.isatty() and not (dumb and os.name != "nt")
         self.safe = self.out.isatty()
-        self.stream = self.safe if stream is None else stream
-        self.color = color and self.tty and not os.environ.get("NO_COLOR")
+        self.stream = self.safe
+        self.color = self.tty and not os.environ.get("NO_COLOR")
         self.rows = collections.OrderedDict()
         self.drawn = 0
         self.t = 0.0
@@ -4286,15 +4311,14 @@ class Screen:
     def say(self, text, colour=None):
         """Write one line of talk to stderr, above the live lines."""
         text = clean_line(text)
-        with self.lock:
-            self.erase()
-            self.err.write((self.paint(text, colour) if colour else text) + "\n")
-            self.err.flush()
+        self.tell((self.paint(text, colour) if colour else text) + "\n")
 
-    def erase(self):
-        if self.drawn:
-            self.err.write("\x1b[%dF\x1b[J" % self.drawn)
-            self.drawn = 0
+    def tell(self, text, drawn=0):
+        """Write to stderr in place of the live lines; once nobody reads it, to no one."""
+        with self.lock, contextlib.suppress(OSError):
+            self.err.write(("\x1b[%dF\x1b[J" % self.drawn if self.drawn else "") + text)
+            self.drawn = drawn
+            self.err.flush()
 
     def draw(self, t=None, last=False):
         """Redraw the live lines at `t` seconds of the run; the last time they are left there."""
@@ -4305,11 +4329,7 @@ class Screen:
         room = self.size()[1] - 2
         if len(lines) > room and not last:
             lines = lines[-room:]
-        with self.lock:
-            self.erase()
-            self.err.write("".join(line + "\n" for line in lines))
-            self.err.flush()
-            self.drawn = 0 if last else len(lines)
+        self.tell("".join(line + "\n" for line in lines), 0 if last else len(lines))
         if last:
             self.rows.clear()
 
@@ -4390,8 +4410,7 @@ class Screen:
     def space(self):
         """Set talk and answer apart where both go to one terminal."""
         if self.tty and self.safe and not self.quiet:
-            self.err.write("\n")
-            self.err.flush()
+            self.tell("\n")
 
     def receipt(self, receipt, fake=False):
         """Say the receipt in one line, and each degradation in a line of its own."""
@@ -4408,9 +4427,9 @@ class Screen:
             " by the price list (fake: nothing is billed)" if fake and receipt["cost_usd"] else "",
             receipt["timing_s"]["total"]), "dim")
         for entry in receipt["degraded"]:
-            self.say("degraded: %s%s: %s" % (
+            self.say("degraded: %s%s: %s (%s)" % (
                 entry["code"], " " + entry["model"] if entry["model"] else "",
-                fold(entry["detail"] or entry["stage"])), "yellow")
+                fold(entry["detail"]), entry["stage"]), "yellow")
 
     def error(self, error):
         """Say what happened and what helps."""
@@ -5156,6 +5175,9 @@ COMMANDS = {"ask": run_ask, "doctor": run_doctor, "fake": run_fake, "presets": r
 def parse(argv):
     """Return the parsed command line. Raises UsageError; a misspelt command is named."""
     words = [word for word in argv if not word.startswith("-")]
+    if words and words[0] in COMMANDS and argv[0] not in (words[0], "-h", "--help", "--version"):
+        raise UsageError("%s stands before the command; options come after it" % argv[0],
+                         "%s %s %s ..." % (PROGRAM, words[0], argv[0]))
     if words and words[0] not in COMMANDS and argv[0] == words[0]:
         raise UsageError("there is no command %s; %s" % (clip(words[0], 40),
                                                          did_you_mean(words[0], COMMANDS)),
@@ -5170,12 +5192,13 @@ def parse(argv):
 def main(argv):
     """Run the program and return its exit code; the one place where errors are printed."""
     standard_streams()
-    screen, args = Screen(quiet="--quiet" in argv, color="--no-color" not in argv), None
+    screen, args = Screen(), None
     try:
         if not argv:
             screen.data(WELCOME)
             return 0
         args = parse(argv)
+        screen.quiet, screen.color = args.quiet, screen.color and not args.no_color
         return COMMANDS[args.command](args, screen)
     except SystemExit as stop:  # --help and --version
         return stop.code or 0
@@ -5184,14 +5207,8 @@ def main(argv):
         return 130
     except BrokenPipeError:
         return 141
-    except OSError as error:
-        return failed(FusionError("cannot write: %s" % reason_of(error), WRITE_HINT), args, argv,
-                      screen)
-    except FusionError as error:
+    except Exception as error:  # boundary: the program; it ends with a line and an exit code
         return failed(error, args, argv, screen)
-    except Exception as error:  # boundary: the program; what is not foreseen is a defect of ours
-        return failed(FusionError("%s: %s; this is a defect of fusion.py" % (
-            type(error).__name__, error), "--debug shows where"), args, argv, screen)
 
 
 def standard_streams():
@@ -5208,7 +5225,12 @@ def standard_streams():
 
 
 def failed(error, args, argv, screen):
-    """Print an error and return its exit code."""
+    """Print an error and return its exit code. What is not foreseen is a defect of ours."""
+    if isinstance(error, OSError):
+        error = FusionError("cannot write: %s" % reason_of(error), WRITE_HINT)
+    elif not isinstance(error, FusionError):
+        error = FusionError("%s: %s; this is a defect of fusion.py" % (type(error).__name__, error),
+                            "--debug shows where")
     if "--debug" in argv:
         import traceback
         traceback.print_exc()

@@ -175,6 +175,12 @@ def test_this_too_is_bad_input(command, monkeypatch, place, name):
     assert up.requests == []
 
 
+def test_a_flag_before_its_command_is_not_suggested_for_itself(command):
+    found = command("--fake", "ask", "why?")
+    check_complaint(found, 2, "--fake")
+    assert "did you mean --fake" not in found.err
+
+
 def test_bad_input_is_refused_before_anything_is_done(refused):
     _, requests, new_files = refused
     assert (requests, new_files) == ([], set())

@@ -64,15 +64,28 @@ def hangs(after=-1):
     return Reply("a long answer", hang_after=after)
 
 
-def on_slots(made, count, action, state="done"):
-    """A listener that acts once so many members are done; it keeps the events as well."""
+def listening(made, *rules):
+    """A listener that keeps all events; (matches, count, action) acts at the count-th match."""
     def listen(event):
         made.events.append(event)
-        done = [one for one in made.events
-                if one.kind == "slot" and one.fields["state"] == state]
-        if event.kind == "slot" and len(done) == count:
-            action()
+        for matches, count, action in rules:
+            if matches(event) and sum(map(matches, made.events)) == count:
+                action()
     return listen
+
+
+def is_done(event):
+    return event.kind == "slot" and event.fields["state"] == "done"
+
+
+def third_speaks(event):
+    return event.kind == "delta" and event.fields["slot"] == 2
+
+
+def waiting_for_third(gate):
+    """A cast whose third member begins and never ends; the others wait for its first words."""
+    return cast(m1=Reply("draft of m1", delay=gate), m2=Reply("draft of m2", delay=gate),
+                m3=hangs(2))
 
 
 # ---- members that fail ------------------------------------------------------------------------
@@ -191,11 +204,8 @@ def test_a_failure_in_one_layer_does_not_keep_the_member_from_the_next(rig):
 
 def test_a_member_late_after_quorum_and_grace_is_cut_off(rig):
     gate = threading.Event()
-    made = rig(cast(m1=Reply("draft of m1", delay=gate), m3=hangs(2)), quorum=2, grace_s=0)
-    future = made.begin()
-    assert made.up.wait_for(lambda: made.up.posts("m3"))
-    gate.set()
-    result = future.result(5)
+    made = rig(waiting_for_third(gate), quorum=2, grace_s=0)
+    result = made.fuse(listener=listening(made, (third_speaks, 1, gate.set)))
     late, = troubles(made)
     assert (late["code"], late["model"], late["stage"]) == ("member_late", "m3", "panel")
     assert judged_drafts(made) == ["draft of m1", "draft of m2"]
@@ -209,7 +219,7 @@ def test_a_member_within_the_grace_is_waited_for(rig):
     gate = threading.Event()
     made = rig(cast(m2=Reply("just in time", delay=gate)), panel=["m1", "m2"], quorum=1,
                grace_s=60)
-    made.fuse(listener=on_slots(made, 1, gate.set))
+    made.fuse(listener=listening(made, (is_done, 1, gate.set)))
     assert judged_drafts(made) == ["draft of m1", "just in time"]
     assert made.run.degraded == []
 
@@ -1019,6 +1029,8 @@ VOTES = {
     "near integers": (("Answer: 1234567", "Answer: 1234568", "Answer: 9"), None),
     "near decimals": (("Answer: 3.1415926", "Answer: 3.1415927", "Answer: 3"), None),
     "minus": (("Answer: -5", "Answer: 5", "Answer: 0"), None),
+    "code": (("```\nx = 1\n```", "```\nx = 2\n```", "```\nx = 3\n```"), None),
+    "a rule at the end": (("One.\n\n---", "Two.\n\n---", "Three.\n\n---"), None),
     "a pair": (("Answer: 1,2", "Answer: 12", "Answer: 3"), None),
     "a point in front": (("Answer: .5", "Answer: 5", "Answer: 3"), None),
 }
@@ -1167,18 +1179,16 @@ def test_images_go_to_the_models_that_take_them_alone(rig):
 # ---- interrupts and cancel --------------------------------------------------------------------
 
 
-def hurried(made):
-    """The result of a run that is told to hurry once two drafts are in and the third hangs."""
-    future = made.begin(listener=on_slots(made, 9, None))
-    assert made.up.wait_for(lambda: made.up.posts("m3") and sum(
-        event.fields.get("state") == "done" for event in made.events) == 2)
-    made.run.hurry.set()
-    return future.result(5)
+def interrupted(rig, **settings):
+    """A run that is interrupted when two drafts are in and the third is being written."""
+    gate = threading.Event()
+    made = rig(waiting_for_third(gate), **settings)
+    return made, made.fuse(listener=listening(
+        made, (third_speaks, 1, gate.set), (is_done, 2, lambda: made.run.hurry.set())))
 
 
 def test_an_interrupt_goes_on_with_the_drafts_that_are_in(rig):
-    made = rig(cast(m3=hangs(2)))
-    result = hurried(made)
+    made, result = interrupted(rig)
     assert judged_drafts(made) == ["draft of m1", "draft of m2"]
     assert codes_and_models(made) == [("member_late", "m3")]
     assert result.reply.text == ANSWER
@@ -1186,8 +1196,7 @@ def test_an_interrupt_goes_on_with_the_drafts_that_are_in(rig):
 
 
 def test_an_interrupt_skips_the_layers_that_are_left(rig):
-    made = rig(cast(m3=hangs(2)), layers=3)
-    hurried(made)
+    made, _ = interrupted(rig, layers=3)
     assert made.calls() == {"m1": 1, "m2": 1, "m3": 1, "judge": 1, "writer": 1}
 
 
@@ -1212,40 +1221,31 @@ def test_an_interrupt_before_any_draft_ends_the_run(rig, fusion):
     assert made.calls() == {"m1": 1, "m2": 1, "m3": 1}
 
 
-STAGES = {
-    "panel": dict(m2=hangs()),
-    "panel in mid-answer": dict(m1=hangs(3), m2=hangs(1), m3=hangs(0)),
-    "judge": dict(judge=hangs()),
-    "judge in mid-answer": dict(judge=hangs(2)),
-    "writer": dict(writer=hangs()),
-    "writer in mid-answer": dict(writer=hangs(2)),
-    "refine": dict(writer=[ANSWER, hangs(1)]),
+STAGES = {  # models that hang, how many calls there are by then, how many of them hang
+    "panel": (dict(m2=hangs()), 3, 1),
+    "panel in mid-answer": (dict(m1=hangs(3), m2=hangs(1), m3=hangs(0)), 3, 3),
+    "judge": (dict(judge=hangs()), 4, 1),
+    "judge in mid-answer": (dict(judge=hangs(2)), 4, 1),
+    "writer": (dict(writer=hangs()), 5, 1),
+    "writer in mid-answer": (dict(writer=hangs(2)), 5, 1),
+    "refine": (dict(writer=[ANSWER, hangs(1)]), 6, 1),
 }
 
 
 @pytest.mark.parametrize("live", [False, True], ids=["whole", "live"])
-@pytest.mark.parametrize("models", STAGES.values(), ids=STAGES)
-def test_a_cancel_closes_every_connection_and_starts_no_call(rig, fusion, models, live):
+@pytest.mark.parametrize("models, calls, hanging", STAGES.values(), ids=STAGES)
+def test_a_cancel_closes_every_connection_and_starts_no_call(rig, fusion, models, calls, hanging,
+                                                             live):
     made = rig(cast(**models), refine=True, spares=["s1"], synthesizer=["writer", "w2"],
                max_retries=2)
     future = made.begin(live=live)
-    hanging = sum(isinstance(reply, list) or reply.hang_after is not None
-                  for reply in models.values())
-    assert made.up.wait_for(lambda: stuck(made, models) and made.up.in_flight == hanging
-                            and len(made.up.posts()) >= len(PANEL))
-    before = len(made.up.posts())
+    assert made.up.wait_for(lambda: (len(made.up.posts()), made.up.in_flight) == (calls, hanging))
     made.run.cancel.set("the client has left")
     with pytest.raises(fusion.Cancelled):
         future.result(SOON_S)
     assert made.up.wait_for(lambda: made.up.in_flight == 0, SOON_S)
     assert sum(post.closed_at is not None for post in made.up.posts()) == hanging
-    assert not made.up.wait_for(lambda: len(made.up.posts()) > before, 0.1)
-
-
-def stuck(made, models):
-    """Whether each of these models has got the call in which it hangs."""
-    return all(len(made.up.posts(model)) == (len(reply) if isinstance(reply, list) else 1)
-               for model, reply in models.items())
+    assert not made.up.wait_for(lambda: len(made.up.posts()) > calls, 0.1)
 
 
 def test_a_cancel_ends_the_wait_before_a_retry(rig, fusion):

@@ -15,7 +15,6 @@ from upstream import Reply, Upstream, error_reply
 OPUS = "anthropic/claude-opus-4.8"
 BUDGET = ["google/gemini-3-flash-preview", "moonshotai/kimi-k2.6", "deepseek/deepseek-v4-pro"]
 QUESTION = [{"role": "user", "content": "Which of the two bridges carries more, and why?"}]
-CENT = 0.01
 TINY = 1e-9  # USD; what adding up floats may be off
 
 # Input, output and cached input in USD per million tokens, copied from OpenRouter's list of
@@ -949,6 +948,22 @@ def test_a_ceiling_below_one_call_sends_nothing_and_is_a_limit_error(fusion, rea
     with Upstream() as up:
         limit_of(fusion, ready, up, {"panel": TRIO, "max_cost_usd": ceiling, "mode": mode})
         assert up.posts() == []
+
+
+@pytest.mark.parametrize("params", [
+    {"max_tokens": 0}, {"max_tokens": -1}, {"max_completion_tokens": -1}, {"max_tokens": "100"},
+    {"n": -3}, {"n": "2"}], ids=lambda params: "%s=%r" % next(iter(params.items())))
+def test_under_a_ceiling_a_cap_that_bounds_nothing_is_refused_before_anything_is_sent(
+    fusion, ready, params
+):
+    values = {"panel": [KNOWN, OPUS], "max_tokens": 100, "max_cost_usd": 5}
+    with Upstream(reply_as()) as up:
+        config, run = ready(up, values)
+        with pytest.raises(fusion.UsageError) as caught:
+            fusion.fuse(config, QUESTION, run, params)
+        assert up.posts() == []
+    assert caught.value.status == 400
+    assert next(iter(params)) in caught.value.message
 
 
 def test_what_was_never_reported_is_held_so_that_a_retry_cannot_pass_the_ceiling(fusion, ready):

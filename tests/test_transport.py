@@ -641,10 +641,10 @@ def test_what_a_backend_says_on_an_idle_connection_is_no_answer(serve, caller, l
     answer = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)
     late = b"HTTP/1.1 408 Request Timeout\r\nContent-Length: 0\r\n\r\n"
     drip = (len(answer), 0.05) if later else None
-    up = serve(Reply(raw=answer + late, drip=drip), "second")
+    up = serve(Reply(raw=answer + late, drip=drip, keep=True), "second")
     one = caller(up, max_retries=0)
     assert one.ask().text == "first"
-    assert up.wait_for(lambda: up.open_connections() == 0), "all that it says has been said"
+    assert up.posts()[0].over.wait(5), "all that it says has been said"
     assert one.ask().text == "second"
 
 
@@ -824,10 +824,11 @@ def test_a_model_that_keeps_failing_is_left_alone_and_others_are_not(serve, call
     assert len(up.posts("m")) == asked and len(one.run.ledger.records) == records
 
 
-@pytest.mark.parametrize("between", [Reply("hello"), error_reply(400, "no")], ids=["200", "400"])
-def test_a_model_that_answers_now_and_then_is_asked_again(fusion, serve, caller, between):
-    busy = error_reply(503, "busy")
-    up = serve(lambda request: between if request.n % 3 == 2 else busy)
+@pytest.mark.parametrize("answer, refusal", [
+    (Reply("hello"), error_reply(503, "busy")),
+    (error_reply(400, "no"), error_reply(401, "no"))], ids=["answers", "refuses"])
+def test_a_model_that_answers_now_and_then_is_asked_again(fusion, serve, caller, answer, refusal):
+    up = serve(lambda request: answer if request.n % 3 == 2 else refusal)
     one = caller(up, max_retries=0)
     for _ in range(20):
         with contextlib.suppress(fusion.CallError):
@@ -1148,6 +1149,7 @@ def test_cancel_ends_the_wait_for_a_list_of_models(fusion, serve, caller):
     before = time.monotonic()
     one.run.cancel.set("stop it")
     assert call.join().ended - before < 1
+    assert one.record.usage.prompt > 0 < one.record.usage.completion, "it was answered"
 
 
 def test_a_cancelled_run_makes_no_call(fusion, serve, caller):
