@@ -2246,9 +2246,9 @@ class Assembler:
         self.usage = usage_of(payload.get("usage")) or \
             usage_of(groq.get("usage") if isinstance(groq, dict) else None) or self.usage
         choices = payload.get("choices")
-        choice = choices[0] if isinstance(choices, list) and choices else None
-        if isinstance(choice, dict):
-            self.take(choice, choice.get("delta") or choice.get("message") or {})
+        for choice in choices if isinstance(choices, list) else []:
+            if isinstance(choice, dict) and choice.get("index") in (0, None):
+                self.take(choice, choice.get("delta") or choice.get("message") or {})
 
     def take(self, choice, delta):
         if isinstance(choice.get("finish_reason"), str):
@@ -2347,17 +2347,20 @@ def read_answer(exchange, assembler):
     head = b""
     for piece in pieces:
         head = (head + piece).lstrip(b"\xef\xbb\xbf \t\r\n")
-        if head:
+        if len(head) > 6 or b":" in head or b"\n" in head:
             break
-    if head[:1] not in (b"d", b"e", b"i", b"r", b":"):  # data, event, id, retry, a comment
+    if not re.match(rb"(data|event|id|retry)?:", head):
         read_whole(exchange, assembler, head + b"".join(pieces))
         return
     lines = EventLines()
+    count = 0
     for piece in itertools.chain([head], pieces, [None]):
-        for payload in lines.feed(piece or b"", last=piece is None):
+        for count, payload in enumerate(lines.feed(piece or b"", last=piece is None), count + 1):
             take_event(exchange, assembler, payload)
             if assembler.error:
                 return
+    if not count:
+        read_whole(exchange, assembler, head)
     if not (assembler.done or assembler.finish):
         raise CallError("the stream was cut", kind="cut", retryable=True, accepted=True,
                         usage=assembler.usage)
@@ -2526,7 +2529,8 @@ def lesson_of(error, body, known):
 def candidates(error, words, body):
     """Yield the lessons that a refusal may teach, the likeliest first."""
     named = str(error.upstream_param or "").split(".")[0]
-    roles = [message.get("role") for message in body["messages"]]
+    roles = [message.get("role") if isinstance(message, dict) else None
+             for message in body["messages"]]
     if "developer" in roles and "developer" in words:
         yield "developer_as_system"
     if "tool" in roles and "tool" in words:
@@ -2537,7 +2541,7 @@ def candidates(error, words, body):
             yield "merge_roles"
         elif "tool" in roles:
             yield "tools_as_text"
-    if roles[-1] != "user" and re.search(r"last message|end with|prefill|final message", words):
+    if roles and roles[-1] != "user" and re.search(r"last message|end with|prefill|final message", words):
         yield "end_with_user"
     if error.upstream_status == 500:
         return
@@ -2796,7 +2800,9 @@ class Call:
         if not exact:
             usage = Usage(prompt_tokens(body["messages"], 4), assembler.received() // 4,
                           estimated=True)
-        price = None if usage.cost is not None else self.price
+        price = None
+        with contextlib.suppress(Cancelled):  # the answer is there and has to be paid all the same
+            price = None if usage.cost is not None else self.price
         if usage.cost is not None:
             cost, source = usage.cost, "reported"
         elif price is not None:
@@ -3004,11 +3010,12 @@ class Registry:
             values = json.loads(arguments or "{}")
             if not isinstance(values, dict):
                 raise ValueError("an object belongs here")
-            result = tool.use(values, run)
-        except Cancelled:
-            raise
         except ValueError as error:
             return "error: the arguments are not valid: %s" % error
+        try:
+            result = str(tool.use(values, run))
+        except Cancelled:
+            raise
         except Exception as error:  # boundary: the tool call; the model can try something else
             return "error: %s: %s" % (type(error).__name__, error)
         missing = len(result) - TOOL_RESULT
@@ -3621,8 +3628,8 @@ class AnalysisCheck:
         """Return the letters of an entry, which may be one string or a list, that exist."""
         given = entry.get("letters", entry.get("letter"))
         given = given if isinstance(given, list) else [given]
-        words = [str(letter).upper().replace("DRAFT", "").strip() for letter in given]
-        return [letter for letter in words if letter in self.texts]
+        words = re.findall(r"[A-Z]+", " ".join(map(str, given)).upper())
+        return [letter for letter in dict.fromkeys(words) if letter in self.texts]
 
     def quoted(self, entry):
         """Return the entry's letters whose drafts hold its quote."""
@@ -3783,8 +3790,9 @@ def write(config, writer, messages, run, role, params, live):
     try:
         reply = complete(run, writer, seen_by(writer, messages, run, role), role=role,
                          on_delta=on_delta, relayed=live, **sent)
-        if not reply.text.strip() and not params.get("tools"):
-            raise CallError("called tools that nobody offers", kind="empty")
+        if not reply.text.strip() and not (params.get("tools") and reply.tool_calls):
+            raise CallError("called tools that nobody offers" if reply.tool_calls
+                            else "was silenced by a content filter", kind="empty")
     except CallError as error:
         if not run.shown:
             raise
@@ -3804,9 +3812,8 @@ def stand_in(drafts, analysis):
     return max(whole or drafts, key=lambda draft: len(draft.text))
 
 
-def refine(config, messages, analysis, reply, run, params):
+def refine(config, writer, messages, analysis, reply, run, params):
     """Return the reply after one checklist pass, or as it was when the pass made it worse."""
-    writer = config.writer
     prompt = REFINE_PROMPT.format(tag=run.tag, answer=untagged(reply.text, run.tag),
                                   findings=findings(analysis, run.tag))
     try:
@@ -3846,10 +3853,12 @@ def worse_than(before, after):
 def final_answer(text):
     """Return the short answer at the end of a draft, in a form in which equal ones are equal."""
     boxed = re.findall(r"\\boxed\{([^{}]*)\}", text)
-    said = re.findall(r"(?im)^[\s*_>#]*(?:final\s+)?answer\s*(?:is)?\s*[:=]\s*(.+?)\s*$", text)
+    said = re.findall(r"(?im)^[\s*_>#]*(?:final\s+)?answer[\s*_]*(?:is)?\s*[:=]\s*(.+?)\s*$", text)
     lines = [line for line in text.splitlines() if line.strip()]
     found = boxed[-1] if boxed else said[-1] if said else lines[-1] if lines else ""
     found = fold(found.strip(" \t*_`\"'$")).lower().rstrip(".!")
+    if not re.search(r"\w", found):
+        return ""
     number = re.fullmatch(r"\+?(-?)0*(\d{1,3}(?:,\d{3})+|\d*)(?:\.(\d*?)0*)?", found)
     if number:
         sign, whole, part = number.groups()
@@ -3914,9 +3923,10 @@ def fuse(config, messages, run, params=None):
     if reply is None:
         with run.timed("synth"):
             reply, author = synthesize(config, messages, drafts, analysis, run, params)
-        if config.refine and not reply.tool_calls:
+        writers = [member for member in config.synthesizer if member.name == author]
+        if config.refine and writers and not reply.tool_calls:
             with run.timed("refine"):
-                reply = refine(config, messages, analysis, reply, run, params)
+                reply = refine(config, writers[0], messages, analysis, reply, run, params)
     return finished(config, run, reply, author, drafts, analysis, why)
 
 
@@ -3987,7 +3997,8 @@ def receipt_of(config, run, author, drafts, analysis, why):
     voted = config.vote and author and config.mode == "fuse" and "synth" not in roles
     answered = sorted((slot for draft in drafts for slot in draft.slots), key=lambda slot: slot[0])
     asked = panel_slots(config) if config.mode == "fuse" else []
-    timing = dict(run.timing, total=run.clock() - run.started)
+    timing = dict(dict.fromkeys(("panel", "judge", "synth", "refine"), 0.0), **run.timing)
+    timing["total"] = run.clock() - run.started
     return {
         "config": config.source, "mode": "vote" if voted else config.mode,
         "mode_reason": why, "panel_models": [slot.name for slot in asked],
@@ -5104,16 +5115,20 @@ class Doctor:
         for origin, keys in by_origin.items():
             self.say("ok", "config", "%s: %s" % (origin, ", ".join(keys)))
 
-    def backend(self, backend):
-        """Whether a backend can be reached and takes the key."""
-        key = "no key" if not backend.key else "%s (...%s)" % (backend.key_name, backend.key[-4:])
+    def backend(self, member):
+        """Whether a member's backend can be reached and takes the key."""
+        backend = member.backend
+        key = "no key" if not backend.key else "%s (...%s)" % (
+            backend.key_name, backend.key[-4:] if len(backend.key) > 11 else "")
         try:
+            require_keys([member])
             if backend.host == "openrouter.ai":  # its list of models is open to everyone
                 get_models(self.network, backend, path="/key")
             start = time.monotonic()
-            self.lists[backend.url] = [model["id"] for model in get_models(self.network, backend)]
+            models = get_models(self.network, backend)
+            self.lists[backend.url] = models
             self.say("ok", "backend", "%s with %s: %s in %.0f ms" % (
-                backend.place, key, plural(len(self.lists[backend.url]), "model"),
+                backend.place, key, plural(len(models), "model"),
                 1000 * (time.monotonic() - start)))
         except FusionError as error:
             self.say("fail", "backend", "%s with %s: %s; hint: %s" % (
@@ -5121,16 +5136,18 @@ class Doctor:
 
     def member(self, role, member, config):
         """Whether a backend has the model, and whether its price is known."""
-        listed = self.lists.get(member.backend.url)
-        if listed is None:
+        models = self.lists.get(member.backend.url)
+        if models is None:
             return
+        listed = [re.sub(":latest$", "", model["id"]) for model in models]
+        any_name = len(models) == 1 and models[0].get("owned_by") != "library"  # not so Ollama
         what = "%s %s" % (role, member.name)
         price = self.network.price(member, config)
-        if member.backend.fake or member.model in listed:
+        if member.backend.fake or re.sub(":latest$", "", member.model) in listed:
             cost = "costs nothing" if price is LOCAL_PRICE else price and \
                 "$%g in, $%g out per million tokens" % (price.input, price.output)
             self.say("ok" if price else "note", what, cost or "its price is not known")
-        elif len(listed) == 1 and member.backend.nearby:
+        elif any_name and member.backend.nearby:
             self.say("note", what, "the backend will answer as %s, the one model that it has"
                      % listed[0])
         else:
@@ -5147,12 +5164,12 @@ def run_doctor(args, screen):
     try:
         config = configured(args)
         doctor.config(config)
-        require_keys(all_members(config) or [Member(backend=config.backend)])
         config = with_auto_panel(config, network)
-        for backend in dict.fromkeys(member.backend for member in all_members(config)):
-            doctor.backend(backend)
+        for member in {member.backend: member for member in all_members(config)}.values():
+            doctor.backend(member)
         roles = [("member", member) for member in config.panel] + [("judge", config.judge)] + \
-            [("writer", member) for member in config.synthesizer]
+            [("writer", member) for member in config.synthesizer] + \
+            [("spare", member) for member in config.spares]
         for role, member in roles:
             doctor.member(role, member, config)
     except FusionError as error:

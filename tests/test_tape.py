@@ -226,6 +226,22 @@ def test_samples_with_one_request_come_back_to_their_own_places(ask, tape, attem
     assert said(again) == said(first)
 
 
+def test_equal_calls_in_a_row_come_back_in_their_order(fusion, tape, tmp_path):
+    def said_in_a_row(config, network, **options):
+        run = fusion.start_run(config, network, tape=fusion.Tape(**options))
+        return [fusion.complete(run, config.panel[0], [{"role": "user", "content": QUESTION}]).text
+                for _ in range(3)]
+
+    network = fusion.Network()
+    with Upstream(script(a=samples())) as up:
+        env = fusion.Env({"FUSION_BASE_URL": up.url})
+        config = fusion.load_config(write_setup(tmp_path), env)
+        assert said_in_a_row(config, network, record=str(tape)) == samples()
+        assert said_in_a_row(config, network, replay=str(tape)) == samples()
+        assert len(up.posts()) == 3
+    network.close()
+
+
 @pytest.mark.parametrize("late", [0, 1])
 def test_one_model_at_two_backends_is_two_members_in_a_recording(ask, tape, late):
     gate = threading.Event()

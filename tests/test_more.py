@@ -1,0 +1,41 @@
+"""Promises that mutants.py found untested: each test here kills a mutant that survived before."""
+
+import contextlib
+
+import pytest
+
+from test_engine import cast, letters_of
+from test_wiring import Rig, analysis_in, drafts_in, judgement, last_text
+from upstream import Reply
+
+
+@pytest.fixture
+def rig(fusion, tmp_path):
+    """Makes Rigs, and closes them after the test."""
+    with contextlib.ExitStack() as stack:
+        yield lambda script=None, **settings: stack.enter_context(
+            Rig(fusion, tmp_path, script or cast(), **settings))
+
+
+def test_a_very_long_draft_reaches_judge_and_writer_to_its_last_letter(rig):
+    draft = "".join("Line %d of the draft.\n" % number for number in range(20_000))
+    made = rig(cast(m2=draft))
+    made.fuse()
+    for model in ("judge", "writer"):
+        assert draft in drafts_in(last_text(made.up.posts(model)[0])).values()
+
+
+def test_what_one_side_alone_is_shown_to_say_is_no_contradiction(rig):
+    def judge(request):
+        letters = letters_of(request)
+        return Reply(judgement(must_include=["kept"], contradictions=[{
+            "topic": "t", "verdict": "v", "positions": [
+                {"letters": [letters["draft of m1"]], "stance": "s", "quote": "draft of m1"},
+                {"letters": [letters["draft of m2"]], "stance": "s", "quote": "made up"}]}]))
+
+    made = rig(cast(judge=judge))
+    receipt = made.fuse().receipt
+    assert receipt["analysis"]["contradictions"] == []
+    assert analysis_in(last_text(made.up.posts("writer")[0])) == {
+        "must_include": ["kept"], "best_draft": "A"}
+    assert receipt["judge_unsupported"] == 1
