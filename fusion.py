@@ -155,6 +155,7 @@ class CallError(BackendError):
     """
 
     kind = "server"
+    usual_hint = PROGRAM + " doctor shows what the backend can do"
     upstream_status = None
     upstream_param = None
     retryable = False
@@ -845,6 +846,7 @@ class Run:
         self.live = live
         self.shown = False
         self.tape = tape
+        self.seat = None
         self.stage = ""
         self.id = new_id("run-")
         self.tag = os.urandom(6).hex()
@@ -882,7 +884,7 @@ class Run:
         self.cancel.check()
         if self.clock() >= self.deadline:
             raise LimitError("the time for this request is over",
-                             "--timeout %d gives it twice the time" % (2 * self.config.timeout_s),
+                             "--timeout %g gives it twice the time" % (2 * self.config.timeout_s),
                              status=504, code="timeout")
 
     def sleep(self, seconds):
@@ -1726,8 +1728,12 @@ class Network:
 
     def give(self, place, connection):
         """Keep a connection whose answer was read to its end."""
+        now = time.monotonic()
         with self.lock:
-            self.idle.setdefault(place, []).append((connection, time.monotonic()))
+            kept = self.idle.setdefault(place, [])
+            while kept and now - kept[0][1] > KEEP_IDLE_S:
+                kept.pop(0)[0].sock.plain.close()
+            kept.append((connection, now))
 
     def close(self):
         """Close all idle connections."""
@@ -1780,12 +1786,18 @@ class Network:
             from urllib.request import getproxies, proxy_bypass
             known = getproxies()
             url = known.get(scheme) or known.get("all")
-            if host in ("localhost", "::1") or host.startswith("127.") or proxy_bypass(host):
+            near = host in ("localhost", "::1") or host.startswith("127.")
+            if near or proxy_bypass(host) or proxy_bypass("%s:%d" % (host, port)):
                 url = None
-            parts = urlsplit(url if "://" in url else "http://" + url) if url else None
-            if parts and (parts.scheme != "http" or not parts.hostname):
-                raise CallError("the proxy %s://%s cannot be used, only http:// proxies"
-                                % (parts.scheme, parts.hostname), "unset %s_proxy, or set NO_PROXY"
+            try:
+                parts = urlsplit(url if "://" in url else "http://" + url) if url else None
+                good = not parts or (parts.scheme == "http" and parts.hostname
+                                     and (parts.port or 80))
+            except ValueError:
+                good = False
+            if not good:
+                raise CallError("the proxy %s cannot be used, only http://HOST:PORT"
+                                % re.sub(r"//.*@", "//", url), "unset %s_proxy, or set NO_PROXY"
                                 % scheme, kind="proxy")
             self.proxies[scheme, host, port] = parts
         return self.proxies[scheme, host, port]
@@ -1799,7 +1811,9 @@ class Network:
         if backend.url not in self.local:
             try:
                 models = get_models(self, backend, cancel, 1.0)
-            except CallError:
+            except CallError as error:
+                if error.upstream_status in (404, 405, 501):  # it answers, and has no list
+                    self.local[backend.url] = False
                 return None
             owners = {str(model.get("owned_by")).lower() for model in models}
             self.local[backend.url] = bool(owners & LOCAL_OWNERS)
@@ -1877,7 +1891,7 @@ class Exchange:
         self.wire = None
         self.connection = None
         self.response = None
-        self.prefix, self.extra = "", {}
+        self.proxy, self.prefix, self.extra = None, "", {}
         parts = urlsplit(backend.url)
         self.path = parts.path
         self.place = (parts.scheme, parts.hostname,
@@ -1891,9 +1905,10 @@ class Exchange:
         socket's method. The reader often sees a clean end, so `ended` is asked after each read.
         """
         self.ended = self.ended or reason
-        if self.plain is not None:
+        plain = self.plain
+        if plain is not None:
             with contextlib.suppress(OSError):
-                socket.socket.shutdown(self.plain, socket.SHUT_RDWR)
+                socket.socket.shutdown(plain, socket.SHUT_RDWR)
 
     def open(self, method, path, body=None, headers=None):
         """Send the request and return the answer's status; its body is read with `read`."""
@@ -1928,7 +1943,7 @@ class Exchange:
         """Open a connection of our own, so that the whole of it has one deadline."""
         from http.client import HTTPConnection
         scheme, host, port = self.place
-        proxy = self.network.proxy(scheme, host, port)
+        proxy = self.proxy = self.network.proxy(scheme, host, port)
         until = min(self.until, self.started + CONNECT_S)
         failure = OSError("no address")
         near = (proxy.hostname, proxy.port or 80) if proxy else (host, port)
@@ -1947,7 +1962,7 @@ class Exchange:
         if proxy and scheme == "https":
             self.tunnel(Wire(self.plain, until), proxy)
         elif proxy:
-            self.prefix = "http://%s:%d" % (host, port)
+            self.prefix = "http://" + self.authority()
             self.extra = proxy_headers(proxy)
         if scheme == "https":
             self.plain = self.network.tls().wrap_socket(
@@ -1960,19 +1975,22 @@ class Exchange:
     def tunnel(self, wire, proxy):
         """Have the proxy connect us to an https host; TLS then runs between us and that host."""
         from http.client import HTTPResponse
-        lines = ["CONNECT %s:%d HTTP/1.1" % self.place[1:], "Host: %s:%d" % self.place[1:]]
+        lines = ["CONNECT %s HTTP/1.1" % self.authority(), "Host: " + self.authority()]
         lines += ["%s: %s" % pair for pair in proxy_headers(proxy).items()]
         wire.sendall("\r\n".join(lines + ["", ""]).encode("latin-1"))
         response = HTTPResponse(wire, method="CONNECT")
         response.begin()
         if response.status != 200:
-            raise CallError("the proxy %s answered %d %s" % (
-                proxy.hostname, response.status, response.reason),
-                "the proxy's user and password belong into https_proxy", kind="proxy")
+            raise proxy_error(proxy, response.status, "https")
+
+    def authority(self):
+        """Return host:port of the backend, as a proxy is told it."""
+        scheme, host, port = self.place
+        return "%s:%d" % ("[%s]" % host if ":" in host else host, port)
 
     def addresses(self, host, port, until):
         """Look a host up, on a thread: the system's resolver knows no deadline."""
-        if re.fullmatch(r"[\d.]+|[0-9a-fA-F:]+", host):
+        if re.fullmatch(r"[\d.]+|[0-9a-fA-F]*:[0-9a-fA-F:.]*", host):
             return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         looking = spawn(lambda: socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
         while time.monotonic() < until:
@@ -2010,17 +2028,26 @@ class Exchange:
                 raise CallError("no complete answer after %.1f s"
                                 % (time.monotonic() - self.started),
                                 kind="timeout", retryable=True, accepted=self.sent)
-            raise connection_error(self.backend, error, self.sent, self.response is not None)
+            raise connection_error(self.backend, error, self.sent, self.response is not None,
+                                   None if self.sent else self.proxy)
 
     def close(self):
         """End the exchange; a connection that was read to its end goes back to the pool."""
+        plain, self.plain = self.plain, None  # from here on `shut` cannot reach the next user's
         self.cancel.detach(self)
         if self.complete and not self.ended and self.connection.sock is not None:
             self.response.close()
             self.wire.idle = math.inf
             self.network.give(self.place, self.connection)
-        elif self.plain is not None:
-            self.plain.close()
+        elif plain is not None:
+            plain.close()
+
+
+def proxy_error(proxy, status, scheme):
+    """Return the CallError for a proxy that refuses to let us through."""
+    hint = "export %s_proxy=http://USER:PASSWORD@%s" % (scheme, proxy.hostname) \
+        if status == 407 else "check %s_proxy, or set NO_PROXY" % scheme
+    return CallError("the proxy %s answered %d" % (proxy.hostname, status), hint, kind="proxy")
 
 
 def proxy_headers(proxy):
@@ -2031,13 +2058,17 @@ def proxy_headers(proxy):
     return {"Proxy-Authorization": "Basic " + base64.b64encode(pair.encode()).decode()}
 
 
-def connection_error(backend, error, sent, started):
+def connection_error(backend, error, sent, started, proxy):
     """Return the CallError for a connection that failed before or while answering."""
     name = type(error).__name__
     words = backend.redact(fold(str(error) or name))
     if name == "SSLCertVerificationError":
         return CallError("the certificate of %s was not accepted: %s" % (backend.place, words),
                          "export SSL_CERT_FILE=/etc/ssl/certs/ca-certificates.crt", kind="tls")
+    if proxy and isinstance(error, (socket.gaierror, ConnectionRefusedError)):
+        return CallError("the proxy %s:%d does not answer" % (proxy.hostname, proxy.port or 80),
+                         "check http_proxy and https_proxy, or set NO_PROXY=%s" % backend.host,
+                         kind="proxy", retryable=True)
     if name == "gaierror":
         return CallError("the host %s is not known" % backend.host,
                          "check FUSION_BASE_URL and the network", kind="connection",
@@ -2074,8 +2105,10 @@ def get_models(network, backend, cancel=None, seconds=10.0, path="/models"):
         data = found.get("data") if isinstance(found, dict) else found
         return [model for model in (data or [] if path == "/models" else [])
                 if isinstance(model, dict) and isinstance(model.get("id"), str)]
-    except (ValueError, TypeError):
-        raise CallError("%s did not answer with a list of models" % backend.place, kind="protocol")
+    except (ValueError, TypeError, RecursionError):
+        raise CallError("%s did not answer with a list of models" % backend.place,
+                        "FUSION_BASE_URL should be the API's address, such as https://HOST/v1",
+                        kind="protocol")
     finally:
         exchange.close()
 
@@ -2148,6 +2181,7 @@ class ThinkFilter:
         self.held = ""
         self.state = "start"
         self.close = ""
+        self.blocks = 0
 
     def feed(self, piece):
         """Return (answer, reasoning) that this piece adds."""
@@ -2164,8 +2198,9 @@ class ThinkFilter:
             self.state, self.close = "inside", opened[0].replace("<", "</")
             self.held = head[len(opened[0]):]
         thought, closed, rest = self.held.partition(self.close)
-        if closed:
+        if closed and self.blocks < 100:
             self.state, self.held = "start", ""
+            self.blocks += 1
             answer, more = self.feed(rest)
             return answer, thought + more
         kept = len(self.close) - 1
@@ -2317,7 +2352,7 @@ class Assembler:
                             usage=self.usage)
         if not answer.strip() and not calls and not refusal:
             raise self.empty(thoughts)
-        finish = "tool_calls" if calls else FINISHES.get(self.finish, "stop")
+        finish = FINISHES.get(self.finish) or ("tool_calls" if calls else "stop")
         return Reply(answer, thoughts, calls, finish, usage, refusal, self.model, self.logprobs)
 
     def empty(self, thoughts):
@@ -2541,14 +2576,16 @@ def candidates(error, words, body):
             yield "merge_roles"
         elif "tool" in roles:
             yield "tools_as_text"
-    if roles and roles[-1] != "user" and re.search(r"last message|end with|prefill|final message", words):
+    ending = re.search(r"last message|end with|prefill|final message", words)
+    if roles and roles[-1] != "user" and ending:
         yield "end_with_user"
     if error.upstream_status == 500:
         return
     form = body.get("response_format")
     if form is not None and (named == "response_format" or re.search(
             r"response_format|json_schema|json_object|structured|grammar", words)):
-        yield "json_object" if form.get("type") == "json_schema" else "drop response_format"
+        schema = isinstance(form, dict) and form.get("type") == "json_schema"
+        yield "json_object" if schema else "drop response_format"
     caps = {"max_tokens", "max_completion_tokens"}
     sent = caps & set(body)
     unknown = re.search(r"unsupported|un(recogni|expected|known)|not (support|permit|allow)|extra",
@@ -2566,14 +2603,14 @@ def apply_lessons(body, lessons):
     if not lessons:
         return body
     body = dict(body)
-    if "json_object" in lessons and body.get("response_format", {}).get("type") == "json_schema":
+    form = body.get("response_format")
+    if "json_object" in lessons and isinstance(form, dict) and form.get("type") == "json_schema":
         body["response_format"] = {"type": "json_object"}
     if "rename_cap" in lessons:
-        for old, new in (("max_tokens", "max_completion_tokens"),):
-            if old in body:
-                body[new] = body.pop(old)
-            elif new in body:
-                body[old] = body.pop(new)
+        if "max_tokens" in body:
+            body["max_completion_tokens"] = body.pop("max_tokens")
+        elif "max_completion_tokens" in body:
+            body["max_tokens"] = body.pop("max_completion_tokens")
     for name in DROPPABLE:
         if "drop " + name in lessons:
             body.pop(name, None)
@@ -2659,7 +2696,7 @@ class Call:
         self.usage = Usage()
         self.cost = 0.0
         self.sources = set()
-        self.deltas = 0
+        self.shown = []
 
     @property
     def price(self):
@@ -2693,7 +2730,7 @@ class Call:
 
     def sleep_or_raise(self, error, known):
         """Wait until the next attempt makes sense, or raise the error for good."""
-        if self.relayed and self.deltas:
+        if self.relayed and any(self.shown):
             raise error
         lesson = lesson_of(error, self.body(known), known)
         if lesson is not None:
@@ -2727,7 +2764,9 @@ class Call:
         assembler = Assembler(self.delta)
         cost, exact = 0.0, True
         try:
+            waiting = self.run.clock()
             with self.run.network.turn(self.run, self.member.backend.url):
+                self.start_clock(self.run.clock() - waiting)
                 self.attempts += 1
                 reply = self.exchange(encoded(body), assembler)
             cost, exact = self.bill(reply.usage, assembler, body)
@@ -2765,18 +2804,25 @@ class Call:
                       max(caps, default=self.run.config.max_tokens) * (body.get("n") or 1))
         return self.run.ledger.reserve(cost_of(worst, price), self.member.name)
 
+    def start_clock(self, waited):
+        """Set the deadline of all attempts; the seconds waited for a turn do not count."""
+        if self.deadline is None:
+            self.deadline = self.run.clock() + self.run.config.member_timeout_s
+        else:
+            self.deadline += waited
+        self.deadline = min(self.run.deadline, self.deadline)
+
     def exchange(self, body, assembler):
         """Send one request and return the Reply. Raises CallError or Cancelled."""
         backend = self.member.backend
         headers = dict(request_headers(backend, self.run.depth))
         headers["Content-Type"] = "application/json"
-        if self.deadline is None:
-            self.deadline = min(self.run.deadline,
-                                self.run.clock() + self.run.config.member_timeout_s)
         exchange = Exchange(self.run.network, backend, self.run.cancel,
                             max(0.0, self.deadline - self.run.clock()))
         try:
             status = exchange.open("POST", "/chat/completions", body, headers)
+            if status == 407 and exchange.proxy:
+                raise proxy_error(exchange.proxy, status, "http")
             if status != 200:
                 raise refusal_error(backend, status, b"".join(body_pieces(exchange)),
                                     exchange.response)
@@ -2790,7 +2836,7 @@ class Call:
         return assembler.reply()
 
     def delta(self, text, thought):
-        self.deltas += bool(text)
+        self.shown.append(text)
         if self.on_delta is not None:
             self.on_delta(text, thought)
 
@@ -2839,34 +2885,64 @@ class Call:
 class Tape:
     """A recording of calls: what `--record` writes and `--replay` answers from, a line a call.
 
-    A call is known by its model, messages and parameters, with the run's fence tag taken out, so
-    that a replay with another judge or writer pays only from there on. Keys are never in it.
+    A call is known by its role, seat, model, messages and parameters, with the run's fence tag
+    and all keys taken out; so a replay with another judge or writer pays only from there on.
     """
 
-    def __init__(self, record="", replay=""):
+    def __init__(self, record="", replay="", config=None):
         self.lock = threading.Lock()
         self.replaying = bool(replay)
+        self.panel = []
+        self.keys = {member.backend.key for member in (all_members(config) if config else [])
+                     if len(member.backend.key) > 3}
         self.known = {}
+        self.file = None
+        hint = "--record names a new file, --replay one that --record wrote"
         try:
             if replay:
-                with open(replay, encoding="utf-8") as file:
-                    for line in file:
-                        entry = json.loads(line)
-                        self.known.setdefault(entry["key"], []).append(entry)
-            self.file = None
+                self.load(replay)
+        except (OSError, ValueError) as error:
+            raise UsageError("cannot replay %s: %s" % (replay, reason_of(error)), hint)
+        try:
             if record:
                 handle = os.open(record, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
                 self.file = open(handle, "w", encoding="utf-8")
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UsageError("cannot use the recording %s: %s" % (record or replay,
-                                                                  reason_of(error)),
-                             "--record names a new file, --replay one that --record wrote")
+        except OSError as error:
+            raise UsageError("cannot record to %s: %s" % (record, reason_of(error)), hint)
 
-    def key(self, run, member, messages, role, params):
+    def load(self, path):
+        """Read a recording. Raises ValueError if it is none."""
+        with open(path, encoding="utf-8") as file:
+            entries = [json.loads(line) for line in file]
+        if not entries:
+            raise ValueError("it is empty")
+        for entry in entries:
+            try:
+                if "panel" in entry:
+                    self.panel = list(map(str, entry["panel"]))
+                    continue
+                if entry["error"] is None:
+                    Usage(**entry["usage"])
+                    Reply(**entry["reply"]).text.encode("utf-8", "replace")
+                else:
+                    CallError(**entry["error"])
+                self.known.setdefault(str(entry["key"]), []).append(entry)
+            except (TypeError, LookupError, AttributeError):
+                raise ValueError("it holds what is no call")
+
+    def key(self, run, call):
         """Return what a call is known by."""
         import hashlib
-        said = json.dumps([role, member.model, messages, params], sort_keys=True)
-        return hashlib.sha256(said.replace(run.tag, "").encode()).hexdigest()
+        said = json.dumps([call.role, run.seat, call.member.model, call.member.reasoning_effort,
+                           call.messages, call.params], sort_keys=True)
+        return hashlib.sha256(self.without_secrets(said, run).encode()).hexdigest()
+
+    def without_secrets(self, line, run):
+        """Return a line of JSON without the run's tag and without any key of the configuration."""
+        line = line.replace(run.tag, "")
+        for key in self.keys:
+            line = line.replace(json.dumps(key)[1:-1], "...")
+        return line
 
     def find(self, key):
         """Return the recorded call, in turn if there are several; None if there is none."""
@@ -2877,32 +2953,41 @@ class Tape:
                 return entries[-1]
         return None
 
-    def keep(self, run, key, call, reply, error):
+    def keep(self, run, key, call, reply=None, error=None):
         """Write one call: who was asked what, and the reply or the error."""
-        if self.file is None:
-            return
-        held = reply._replace(usage=None)._asdict() if reply else None
-        entry = {"key": key, "role": call.role, "model": call.member.model,
-                 "params": call.params, "messages": call.messages, "reply": held,
-                 "usage": reply.usage._asdict() if reply else None,
-                 "error": {"message": error.message, "kind": error.kind} if error else None}
-        line = json.dumps(entry).replace(run.tag, "")
+        failure = error and dict(vars(error), usage=None)
+        entry = {"key": key, "role": call.role, "seat": run.seat, "model": call.member.model,
+                 "params": call.params, "messages": call.messages, "error": failure,
+                 "shown": "" if reply else "".join(call.shown),
+                 "reply": reply and reply._replace(usage=None)._asdict(),
+                 "usage": reply and reply.usage._asdict()}
+        self.write(run, entry)
+
+    def write(self, run, entry):
+        """Write one line; a disk that is full ends the recording, not the run."""
+        line = self.without_secrets(json.dumps(entry), run)
         with self.lock:
-            self.file.write(call.member.backend.redact(line) + "\n")
-            self.file.flush()
+            try:
+                if self.file is not None:
+                    self.file.write(line + "\n")
+                    self.file.flush()
+            except OSError as error:
+                self.file = None
+                run.degrade("record_failed", "record", "", reason_of(error))
 
-
-def replayed(run, member, role, entry, on_delta):
-    """Return the Reply of a recorded call, or raise its error; it costs nothing."""
-    if entry["error"]:
-        raise CallError(entry["error"]["message"], kind=entry["error"]["kind"])
-    usage = Usage(**entry["usage"])
-    run.ledger.record(CallRecord(member.name, role, usage, 0.0, "replay", 0.0, 0, "replayed"))
-    reply = Reply(**dict(entry["reply"], usage=usage._replace(cost=0.0),
-                         tool_calls=tuple(entry["reply"]["tool_calls"])))
-    if on_delta is not None:
-        on_delta(reply.text, reply.reasoning)
-    return reply
+    def play(self, run, call, entry):
+        """Return the Reply of a recorded call, or raise its error; it costs nothing."""
+        usage = Usage(**entry["usage"]) if entry["usage"] else Usage()
+        run.ledger.record(CallRecord(call.member.name, call.role, usage, 0.0, "replay", 0.0, 0,
+                                     "failed" if entry["error"] else "replayed"))
+        if entry["error"]:
+            if entry["shown"]:
+                call.delta(entry["shown"], "")
+            raise CallError(**entry["error"])
+        reply = Reply(**dict(entry["reply"], usage=usage._replace(cost=0.0),
+                             tool_calls=tuple(entry["reply"]["tool_calls"])))
+        call.delta(reply.text, reply.reasoning)
+        return reply
 
 
 def complete(run, member, messages, role="member", stream=True, on_delta=None, relayed=False,
@@ -2917,21 +3002,25 @@ def complete(run, member, messages, role="member", stream=True, on_delta=None, r
     call = Call(run, member, messages, role, stream, on_delta, relayed, params)
     if run.tape is None:
         return call.answer()
-    key = run.tape.key(run, member, messages, role, params)
+    key = run.tape.key(run, call)
     entry = run.tape.find(key)
-    if entry is not None:
-        return replayed(run, member, role, entry, on_delta)
-    require_keys([member])
-    reply = failure = None
+    if entry is None:
+        require_keys([member])
     try:
-        reply = call.answer()
-        return reply
+        reply = run.tape.play(run, call, entry) if entry else call.answer()
     except CallError as error:
-        failure = error
+        run.tape.keep(run, key, call, error=error)
         raise
-    finally:
-        if reply or failure:
-            run.tape.keep(run, key, call, reply, failure)
+    run.tape.keep(run, key, call, reply)
+    return reply
+
+
+def with_panel(config, backend, names):
+    """Return the config with a panel of these slugs at a backend, in place of "auto"."""
+    panel = tuple(Member(name) for name in names)
+    found = changed(dataclasses.replace(config, backend=backend), {"panel": panel},
+                    "auto: the models of %s" % backend.place)
+    return placed(found, lambda member: member.backend if member.base_url else backend)
 
 
 def with_auto_panel(config, network, cancel=None):
@@ -2959,10 +3048,7 @@ def with_auto_panel(config, network, cancel=None):
                                "point FUSION_BASE_URL at a model backend")
         names = [model["id"] for model in models if not NO_CHAT.search(model["id"].lower())]
         if names and not fusion:
-            panel = tuple(Member(name) for name in names[:16])
-            origin = "auto: the models of %s" % backend.place
-            found = changed(dataclasses.replace(config, backend=backend), {"panel": panel}, origin)
-            return placed(found, lambda member: member.backend if member.base_url else backend)
+            return with_panel(config, backend, names[:16])
     raise BackendError(
         "no local engine answers (%s)" % ", ".join(backend.place for backend in backends)
         if searching else "%s lists no model that can chat" % config.backend.place,
@@ -3034,8 +3120,8 @@ def converse(run, member, messages, registry=None, turns=TOOL_TURNS, **options):
         if specs:
             options.update(tools=specs, tool_choice="auto" if turn < turns else "none")
         reply = complete(run, member, history, **options)
-        if not specs or not reply.tool_calls or turn == turns:
-            return reply
+        if not specs or not reply.tool_calls or turn == turns or reply.cut:
+            return reply  # a call that was cut off is never run
         history.append({"role": "assistant", "content": reply.text or None,
                         "tool_calls": list(reply.tool_calls)})
         for call in reply.tool_calls:
@@ -3390,7 +3476,8 @@ class Panel:
 
     def start(self, slot):
         cancel = Cancel(self.run.cancel)
-        view = self.run.branch(cancel=cancel, deadline=min(self.run.deadline, self.deadline))
+        view = self.run.branch(cancel=cancel, deadline=min(self.run.deadline, self.deadline),
+                               seat=slot.index)
         self.working[spawn(self.draft, view, slot)] = (slot, cancel)
 
     def draft(self, view, slot):
@@ -3526,7 +3613,7 @@ def panel_failed(failures, out_of_time):
     reasons = collections.OrderedDict()
     for slot, error in failures:
         reasons.setdefault(error.message, []).append(slot.name)
-    hints = [error.hint for _, error in failures if error.hint]
+    hints = [error.hint for _, error in failures if error.hint != CallError.usual_hint]
     words = "; ".join("%s: %s" % (", ".join(names), reason) for reason, names in reasons.items())
     limits = [error for _, error in failures if isinstance(error, LimitError)]
     kind = LimitError if limits and len(limits) == len(failures) else BackendError
@@ -3758,13 +3845,12 @@ def synthesize(config, messages, drafts, analysis, run, params):
             return with_room(run, writer, messages, drafts, "synth", lambda shown: write(
                 config, writer, list(messages) + prompt(shown), run, "synth", params, live
             )), writer.name
-        except LimitError as error:
-            run.check()
-            failure = error
-        except CallError as error:
+        except (CallError, LimitError) as error:
+            run.cancel.check()
             failure = error
         run.degrade("synthesizer_failed", "synth", writer.name, failure.message)
     if not drafts:
+        run.check()
         raise failure
     best = stand_in(drafts, analysis)
     return Reply(best.text, finish="length" if best.cut else "stop"), best.names[0]
@@ -3907,10 +3993,11 @@ def fuse(config, messages, run, params=None):
     """
     params = dict(params or {})
     check_request(messages, params)
-    if run.tape is None or not run.tape.replaying:
+    replaying = run.tape is not None and run.tape.replaying
+    if not replaying:
         require_keys(all_members(config))
     run.seed = seed_of(messages, params)
-    config, why = planned(config, messages, run, params)
+    config, why = planned(config, messages, run, params, replaying)
     drafts, analysis, reply, author = (), None, None, ""
     if config.mode == "fuse":
         with run.timed("panel"):
@@ -3923,10 +4010,12 @@ def fuse(config, messages, run, params=None):
     if reply is None:
         with run.timed("synth"):
             reply, author = synthesize(config, messages, drafts, analysis, run, params)
-        writers = [member for member in config.synthesizer if member.name == author]
-        if config.refine and writers and not reply.tool_calls:
+        if config.refine and not reply.tool_calls:
+            writer = next((member for member in config.synthesizer if member.name == author),
+                          config.writer)
             with run.timed("refine"):
-                reply = refine(config, writers[0], messages, analysis, reply, run, params)
+                better = refine(config, writer, messages, analysis, reply, run, params)
+            reply, author = better, author if better is reply else writer.name
     return finished(config, run, reply, author, drafts, analysis, why)
 
 
@@ -3944,9 +4033,14 @@ def check_request(messages, params):
                          param=wrong.where())
 
 
-def planned(config, messages, run, params):
+def planned(config, messages, run, params, replaying):
     """Return (config, reason of the mode): auto decided, and cut down to the budget."""
-    config = with_auto_panel(config, run.network, run.cancel)
+    if run.tape is not None and run.tape.panel and not config.panel:
+        config = with_panel(config, config.backend, run.tape.panel)
+    elif not config.panel:
+        config = with_auto_panel(config, run.network, run.cancel)
+        if run.tape is not None:
+            run.tape.write(run, {"panel": [member.model for member in config.panel]})
     bound_calls(config)
     mode, why = depth_of(config, messages, params)
     config = dataclasses.replace(config, mode=mode)
@@ -3955,7 +4049,7 @@ def planned(config, messages, run, params):
     extra = [{"content": params[name]} for name in ("tools", "response_format")
              if params.get(name)]
     ceiling = run.ledger.ceiling
-    left = None if ceiling is None else ceiling - run.ledger.committed()
+    left = None if ceiling is None or replaying else ceiling - run.ledger.committed()
     config, cuts = within_budget(config, list(messages) + extra, cap * (params.get("n") or 1),
                                  left, run.network.price)
     for cut in cuts:
@@ -4291,7 +4385,8 @@ class Screen:
     written once, when it is final. stdout is written by `answer` and `data` alone.
     """
 
-    def __init__(self):
+    def __init__(self, interrupts):
+        self.interrupts = interrupts
         self.out = sys.stdout
         self.err = sys.stderr
         self.quiet = False
@@ -4483,8 +4578,9 @@ def chat_completion(result, config, created):
 
 def error_object(error, degraded=()):
     """Return a FusionError as OpenAI's error object; what degraded stands beside it."""
-    found = {"error": {"message": error.message, "type": type(error).__name__,
-                       "param": error.param, "code": error.code}}
+    kind = "invalid_request_error" if error.status == 400 else "api_error"
+    found = {"error": {"message": error.message, "type": kind, "param": error.param,
+                       "code": None if error.code == kind else error.code}}
     if degraded:
         found["fusion"] = {"degraded": list(degraded)}
     return found
@@ -4499,31 +4595,25 @@ IMAGES = ((b"\x89PNG\r\n\x1a\n", "image/png"), (b"\xff\xd8\xff", "image/jpeg"),
 
 
 class Interrupts:
-    """Counts Ctrl-C while a run is under way; the handler itself does nothing else.
+    """Counts Ctrl-C from the start of the program to its end.
 
-    The second press ends the process at once: os._exit, since stderr may be a pipe that nobody
-    reads and its lock may be held.
+    Until a run has begun, the first press is a KeyboardInterrupt. From then on it is only
+    counted, and whoever drives the run acts on it. The second ends the process at once: os._exit,
+    since stderr may be a pipe that nobody reads and its lock may be held.
     """
 
     def __init__(self):
         self.count = 0
-        self.before = None
+        self.driving = False
 
-    def __enter__(self):
-        if threading.current_thread() is threading.main_thread():
-            self.before = signal.signal(signal.SIGINT, self.press)
-        return self
-
-    def __exit__(self, *exception):
-        if self.before is not None:
-            signal.signal(signal.SIGINT, self.before)
-
-    def press(self, number, frame):
+    def press(self, number=None, frame=None):
         self.count += 1
         if self.count > 1:
-            if select.select([], [2], [], 0)[1]:
+            if os.name == "nt" or select.select([], [2], [], 0)[1]:
                 os.write(2, b"\ninterrupted\n")
             os._exit(130)
+        if not self.driving:
+            raise KeyboardInterrupt
 
 
 def drive(run, screen, work, on_event):
@@ -4537,27 +4627,29 @@ def drive(run, screen, work, on_event):
     run.listener = events.put
     done = spawn(work)
     done.add_done_callback(lambda future: events.put(None))
-    heard = False
-    with Interrupts() as interrupts:
-        while True:
-            try:
-                event = events.get(timeout=SLICE_S)
-                if event is None:
-                    return done.result()
-                on_event(event)
-            except queue.Empty:
-                screen.draw(run.clock() - run.started)
-            except OSError:
-                run.cancel.set("the output was closed")
-                raise
-            if interrupts.count and not heard:
-                heard = True
-                if run.stage == "panel":
-                    screen.say("interrupted: going on with the drafts that are in; "
-                               "once more to stop")
-                    run.hurry.set()
-                else:
-                    run.cancel.set("interrupted")
+    heard, due = False, 0.0
+    screen.interrupts.driving = True
+    while True:
+        try:
+            event = events.get(timeout=SLICE_S)
+            if event is None:
+                return done.result()
+            on_event(event)
+        except queue.Empty:
+            pass
+        except OSError:
+            run.cancel.set("the output was closed")
+            raise
+        if time.monotonic() >= due:
+            due = time.monotonic() + SLICE_S
+            screen.draw(run.clock() - run.started)
+        if screen.interrupts.count and not heard:
+            heard = True
+            if run.stage == "panel":
+                screen.say("interrupted: going on with the drafts that are in; once more to stop")
+                run.hurry.set()
+            else:
+                run.cancel.set("interrupted")
 
 
 def read_input(path, file=None):
@@ -4646,7 +4738,7 @@ def ask(args, config, network, screen):
     if args.output:
         check_output(args.output)
     live = not args.output and (args.stream or (screen.stream and not args.json))
-    tape = Tape(args.record, args.replay) if args.record or args.replay else None
+    tape = Tape(args.record, args.replay, config) if args.record or args.replay else None
     run = start_run(config, network, live=live, tape=tape)
     events = args.json and args.stream
     screen.stream = live and not args.json
@@ -4663,9 +4755,10 @@ def ask(args, config, network, screen):
         error.degraded = run.degraded
         raise
     found = chat_completion(result, config, int(time.time()))
+    remember(args, messages, result, found, screen)
+    screen.interrupts.driving = False  # who waits for a reader of the answer may be interrupted
     deliver(args, result, found, screen)
     screen.receipt(result.receipt, config.backend.fake)
-    remember(args, messages, result, found, screen)
     return 0
 
 
@@ -4695,12 +4788,16 @@ def check_output(path):
 
 def write_output(path, text):
     """Write a file that appears only when it is whole."""
+    path = os.path.realpath(path)
     regular = os.path.isfile(path) or not os.path.exists(path)
-    part = "%s.%d.part" % (path, os.getpid()) if regular else path
+    folder_too = os.access(os.path.dirname(path), os.W_OK)
+    part = "%s.%d.part" % (path, os.getpid()) if regular and folder_too else path
     try:
         with open(part, "w", encoding="utf-8", errors="replace", newline="") as file:
             file.write(text if text.endswith("\n") else text + "\n")
         if part != path:
+            if os.path.exists(path):
+                os.chmod(part, os.stat(path).st_mode & 0o7777)
             os.replace(part, path)
     except OSError as error:
         if part != path:
@@ -4733,8 +4830,9 @@ def say_estimate(args, config, messages, screen):
 
 def state_dir():
     """Return the folder of the program's state; it may not exist yet."""
-    base = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
-    return os.path.join(base, "fusion")
+    base = os.environ.get("XDG_STATE_HOME", "")
+    base = base if os.path.isabs(base) else os.path.expanduser("~/.local/state")
+    return os.path.join(base if os.path.isabs(base) else "/", "fusion")
 
 
 def remember(args, messages, result, found, screen):
@@ -5206,10 +5304,10 @@ def parse(argv):
     return args
 
 
-def main(argv):
+def main(argv, interrupts=None):
     """Run the program and return its exit code; the one place where errors are printed."""
     standard_streams()
-    screen, args = Screen(), None
+    screen, args = Screen(interrupts or Interrupts()), None
     try:
         if not argv:
             screen.data(WELCOME)
@@ -5220,6 +5318,7 @@ def main(argv):
     except SystemExit as stop:  # --help and --version
         return stop.code or 0
     except KeyboardInterrupt:
+        screen.interrupts.driving = True
         screen.say("interrupted")
         return 130
     except BrokenPipeError:
@@ -5243,6 +5342,7 @@ def standard_streams():
 
 def failed(error, args, argv, screen):
     """Print an error and return its exit code. What is not foreseen is a defect of ours."""
+    screen.interrupts.driving = True  # the end has come; a first press need not hurry it
     if isinstance(error, OSError):
         error = FusionError("cannot write: %s" % reason_of(error), WRITE_HINT)
     elif not isinstance(error, FusionError):
@@ -5276,7 +5376,11 @@ def leave(code):
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda number, frame: os._exit(143))
-    leave(main(sys.argv[1:]))
+    presses = Interrupts()
+    signal.signal(signal.SIGINT, presses.press)
+    code = main(sys.argv[1:], presses)
+    presses.driving = True
+    leave(code)
 
 # MIT License
 #

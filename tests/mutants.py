@@ -347,7 +347,7 @@ ANSWERS = [
     Mutant("that a refined answer was rejected is not told",
            'run.degrade("refine_rejected", "refine", writer.name, worse)', "pass", ENGINE),
     Mutant("a token cap of zero is sent",
-           "or_null(integer(1, high))", "or_null(integer(0, high))", ENGINE),
+           "or_null(integer(1, high))", "or_null(integer(0, high))", MORE),
     Mutant("solo asks the panel all the same",
            '    if config.mode == "fuse":\n', "    if True:\n", ENGINE),
     Mutant("auto sends everything to the panel",

@@ -5,7 +5,7 @@ import contextlib
 import pytest
 
 from test_engine import cast, letters_of
-from test_wiring import Rig, analysis_in, drafts_in, judgement, last_text
+from test_wiring import QUESTION, Rig, analysis_in, drafts_in, judgement, last_text
 from upstream import Reply
 
 
@@ -39,3 +39,20 @@ def test_what_one_side_alone_is_shown_to_say_is_no_contradiction(rig):
     assert analysis_in(last_text(made.up.posts("writer")[0])) == {
         "must_include": ["kept"], "best_draft": "A"}
     assert receipt["judge_unsupported"] == 1
+
+
+BROKEN = {
+    "no messages": ([], {}, "messages"),
+    "a cap of zero": (QUESTION, {"max_tokens": 0}, "max_tokens"),
+    "the newer cap of zero": (QUESTION, {"max_completion_tokens": 0}, "max_completion_tokens"),
+}
+
+
+@pytest.mark.parametrize("messages, params, param", BROKEN.values(), ids=BROKEN)
+def test_what_backends_take_for_something_else_is_refused_before_the_fan_out(
+        rig, fusion, messages, params, param):
+    made = rig()
+    with pytest.raises(fusion.UsageError) as refusal:
+        made.fuse(messages, params)
+    assert (refusal.value.status, refusal.value.param) == (400, param)
+    assert made.up.posts() == []

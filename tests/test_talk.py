@@ -348,7 +348,7 @@ def test_the_receipt_tells_who_really_ran(ask, flags, head):
     ({"b": Reply(status=418, error="I am a teapot")}, [],
      [("member_failed", "second", "teapot"), ("panel_thin", "m/a", "")]),
     ({"j": "I would rather write prose."}, [],
-     [("judge_repaired", "m/j", ""), ("judge_failed", "m/j", "")]),
+     [("judge_failed", "m/j", "JSON")]),
     ({"j": Reply(status=400)}, [], [("judge_failed", "m/j", "400")]),
     ({}, ["--synthesizer", "m/gone,m/s"], [("synthesizer_failed", "m/gone", "404")]),
     ({"s": [ANSWER, "no"]}, ["--refine"], [("refine_rejected", "m/s", "length")]),
