@@ -3158,6 +3158,7 @@ def converse(run, member, messages, registry=None, turns=TOOL_TURNS, **options):
 #
 # From transport come price_unknown, usage_estimated and rewritten.
 
+THIN_DRAFT = 1500           # bytes a draft below which the judge reads them three at a time
 MIN_DRAFT = 200             # bytes that are left of a draft however small the window
 OWN_WORDS = 900             # tokens of our longest prompt without its drafts
 REFINE_KEEPS = 0.6          # of the answer's length, or the refined one is rejected
@@ -3377,6 +3378,17 @@ def shortened(drafts, room):
     return tuple(map(short, drafts))
 
 
+def room_for(run, member, messages, drafts):
+    """Return the bytes of drafts for which a member's window has room; None if they all fit."""
+    window = run.network.window(member)
+    if not window or not drafts:
+        return None
+    answer = min(window // 4, member.max_tokens or run.config.max_tokens)
+    room = 3 * (window - answer - OWN_WORDS - prompt_tokens(messages))
+    needed = sum(len(draft.text.encode("utf-8", "replace")) + 3 * FENCE for draft in drafts)
+    return room if room < needed else None
+
+
 def with_room(run, member, messages, drafts, stage, ask):
     """Return ask(drafts), with drafts cut to the context window of the member.
 
@@ -3385,14 +3397,9 @@ def with_room(run, member, messages, drafts, stage, ask):
     network, place = run.network, (member.backend.url, member.model)
     for tries_left in (2, 1, 0):
         window = network.window(member)
-        shown = drafts
-        if window and drafts:
-            answer = min(window // 4, member.max_tokens or run.config.max_tokens)
-            room = 3 * (window - answer - OWN_WORDS - prompt_tokens(messages))
-            shown = shortened(drafts, room) if room < sum(
-                len(draft.text.encode("utf-8", "replace")) + 3 * FENCE for draft in drafts
-            ) else drafts
-        if shown is not drafts:
+        room = room_for(run, member, messages, drafts)
+        shown = drafts if room is None else shortened(drafts, room)
+        if room is not None:
             run.degrade("context_trimmed", stage, member.name,
                         "drafts are cut to a window of %s" % plural(window, "token"))
         try:
@@ -3629,9 +3636,18 @@ def judge(config, messages, drafts, run):
     kept = min(0.2 * config.timeout_s, config.member_timeout_s)
     view = run.branch(deadline=run.deadline - kept)
     run.emit("stage", stage="judge", state="running", model=config.judge.name)
+    room = room_for(view, config.judge, messages, drafts)
+    size = len(drafts)
+    if room is not None and size > 3 and room < size * THIN_DRAFT:
+        size = 3  # so little of each draft would be left that they are better read in windows
+        run.degrade("context_trimmed", "judge", config.judge.name,
+                    "drafts are read in windows of 3")
+    found = {}
     try:
-        found = with_room(view, config.judge, messages, drafts, "judge",
-                          lambda shown: judged(config, messages, shown, view))
+        for start in range(0, len(drafts), size):
+            part = with_room(view, config.judge, messages, drafts[start:start + size], "judge",
+                             lambda shown: judged(config, messages, shown, view))
+            found = part if start == 0 else joined(found, part)
     except (CallError, LimitError) as error:
         run.check()
         return judge_failed(config, run, error.message)
@@ -3643,6 +3659,15 @@ def judge(config, messages, drafts, run):
                     "%s not of the asked form" % plural(invalid, "entry"))
     run.emit("stage", stage="judge", state="done", model=config.judge.name)
     return analysis
+
+
+def joined(found, more):
+    """Return the judge's findings about two windows of drafts as one; None adds nothing."""
+    both = dict(more or {}, **(found or {}))
+    for key, value in (more or {}).items():
+        if isinstance(value, list) and isinstance((found or {}).get(key), list):
+            both[key] = found[key] + value
+    return both or None
 
 
 def judged(config, messages, drafts, run):

@@ -6,6 +6,7 @@ its quotes, votes and depth, cancel and interrupts, tools, the receipt.
 
 import contextlib
 import json
+import re
 import threading
 import time
 
@@ -1492,3 +1493,28 @@ def test_two_runs_at_once_do_not_mix(rig):
         assert result.receipt["analysis"]["consensus"] == [word]
         assert sorted(draft.text for draft in result.drafts) == [
             "%s answers %s" % (model, word) for model in PANEL]
+
+
+# ---- windows ----------------------------------------------------------------------------------
+
+
+def windowed_judge(request):
+    """A judge that says which letters it sees; its best is the last of them."""
+    seen = re.findall(r'letter="([A-Z])"', last_text(request))
+    return Reply(json.dumps({"consensus": ["seen " + "".join(seen)], "best_draft": seen[-1]}))
+
+
+def test_a_judge_with_a_small_window_reads_many_drafts_three_at_a_time(rig):
+    panel = ["p%d" % number for number in range(7)]
+    made = rig(dict({model: model + " says " + "x" * 1800 for model in panel},
+                    judge=windowed_judge, writer=ANSWER),
+               panel=panel, judge={"model": "judge", "context": 4096}, max_tokens=1000)
+    result = made.fuse()
+    windows = [re.findall(r'letter="([A-Z])"', last_text(post)) for post in made.up.posts("judge")]
+    assert [len(window) for window in windows] == [3, 3, 1]
+    assert sorted(sum(windows, [])) == list("ABCDEFG")
+    assert result.receipt["analysis"]["consensus"] == ["seen " + "".join(window)
+                                                       for window in windows]
+    assert ("context_trimmed", "judge") in codes_and_models(made)
+    assert set(made.codes()) == {"context_trimmed", "price_unknown"}
+    assert all("x" * 1800 in last_text(post) for post in made.up.posts("judge"))

@@ -430,6 +430,7 @@ NO_ANSWER = [
     ("given up", Reply("half", finish="error"), "server", True, "gave up"),
     ("a stream without an end", Reply(LONG, sse={"no_done": True, "no_finish": True}), "cut", True,
      "cut"),
+    ("heartbeats and no event", Reply(body=b": PROCESSING\n\n" * 3), "cut", True, "cut"),
     ("a cut stream", Reply(LONG, cut_after=3), "cut", True, "cut"),
     ("a stream cut after the headers", Reply(LONG, cut_after=0), "cut", True, "cut"),
     ("a reset stream", Reply(LONG, cut_after=3, **RST), "cut", True, "cut"),
