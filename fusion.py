@@ -2394,7 +2394,7 @@ def read_answer(exchange, assembler):
             take_event(exchange, assembler, payload)
             if assembler.error:
                 return
-    if not count:
+    if not count and not head.startswith(b":"):  # what only looked like an event stream
         read_whole(exchange, assembler, head)
     if not (assembler.done or assembler.finish):
         raise CallError("the stream was cut", kind="cut", retryable=True, accepted=True,

@@ -693,11 +693,15 @@ def end(process):
 
 
 class Verdict(NamedTuple):
-    """What the tests said: `state` is passed, failed, late or broken, `test` the first failure."""
+    """What the tests said: `state` is passed, failed, late or broken, `test` the first failure.
+
+    `shaky` are tests that failed once and passed when they ran alone.
+    """
 
     state: str
     test: str
     seconds: float
+    shaky: tuple = ()
 
 
 def first_failure(output):
@@ -740,22 +744,23 @@ def run_tests(text, tests, limit, stop, root):
     return Verdict(state, first_failure(said), time.monotonic() - started)
 
 
-def try_to_kill(text, tests, limit, stop, root):
-    """Runs tests on a mutated file. A failure counts if the test alone fails once more.
+def run_surely(text, tests, limit, stop, root):
+    """Runs tests like run_tests; but a failure counts only if the test alone fails once more.
 
-    What fails once is shaky, or its file was just being edited: it is left out from then on.
+    A test that does not is left out from then on: on a busy machine it says nothing.
     """
-    left_out, seconds = [], 0.0
+    shaky, seconds = (), 0.0
     while True:
+        left_out = ["--deselect=" + test for test in shaky]
         verdict = run_tests(text, tests + left_out, limit, stop, root)
         seconds += verdict.seconds
         if verdict.state == "failed":
             again = run_tests(text, [verdict.test], limit, stop, root)
             seconds += again.seconds
             if again.state == "passed":
-                left_out += ["--deselect", verdict.test]
+                shaky += (verdict.test,)
                 continue
-        return verdict._replace(seconds=seconds)
+        return verdict._replace(seconds=seconds, shaky=shaky)
 
 
 # ---- the runner -------------------------------------------------------------------------------
@@ -786,7 +791,7 @@ def for_each(items, work, report, jobs):
 
 
 def red_tests(source, mutants, jobs, limit, root):
-    """The failures of the unmutated file in the test files of these mutants."""
+    """What is wrong with the unmutated file in the test files of these mutants, a line each."""
     found = []
 
     def report(tests, verdict):
@@ -794,29 +799,30 @@ def red_tests(source, mutants, jobs, limit, root):
             found.append("%s, %s: %s" % (tests, verdict.state, verdict.test))
 
     files = sorted({tests for mutant in mutants for tests in mutant.tests.split()})
-    for_each(files, lambda tests, stop: run_tests(source, [tests], limit, stop, root), report, jobs)
+    for_each(files, lambda tests, stop: run_surely(source, [tests], limit, stop, root), report,
+             jobs)
     return found
 
 
 def line_of(mutant, verdict):
     """What is said of a mutant."""
-    ends = {"passed": "SURVIVED %s" % mutant.tests,
-            "failed": "killed by %s" % verdict.test,
+    ends = {"passed": "SURVIVED " + mutant.tests + "".join(
+                ", though %s failed once" % test for test in verdict.shaky),
+            "failed": "killed by " + verdict.test,
             "late": "killed by timeout",
-            "broken": "NOT RUN: %s" % verdict.test}
+            "broken": "NOT RUN: " + verdict.test}
     return "%s: %s in %.1f s" % (mutant.name, ends[verdict.state], verdict.seconds)
 
 
 def run(source, mutants, jobs=2, say=print, limit=LIMIT_S, root=ROOT):
     """Runs all mutants of a file, says a line for each, and returns the exit code."""
-    lost = misfits(source, mutants)
-    for line in lost:
+    for line in misfits(source, mutants):
         say(line)
     fitting = [mutant for mutant in mutants if source.count(mutant.old) == 1]
     red = red_tests(source, fitting, jobs, limit, root)
-    for line in red:
-        say("the unmutated file: " + line)
     if red:
+        for line in red:
+            say("the unmutated file: " + line)
         say("nothing was mutated: a red baseline proves nothing")
         return 1
     killed = []
@@ -826,7 +832,7 @@ def run(source, mutants, jobs=2, say=print, limit=LIMIT_S, root=ROOT):
         if verdict.state in ("failed", "late"):
             killed.append(mutant)
 
-    for_each(fitting, lambda mutant, stop: try_to_kill(
+    for_each(fitting, lambda mutant, stop: run_surely(
         source.replace(mutant.old, mutant.new), mutant.tests.split(), limit, stop, root),
         report, jobs)
     say("%d killed, %d survived" % (len(killed), len(fitting) - len(killed)))

@@ -104,7 +104,8 @@ class Proxy(Forwarder):
             self.seen.set()
             sock.sendall(self.answer)
             if not self.answer:
-                sock.recv(1)  # until the client leaves, or the proxy ends
+                while sock.recv(65536):
+                    pass  # until the client leaves, or the proxy ends
             return None
         if first.startswith(b"CONNECT "):
             self.heads.append(sock.recv(65536).partition(b"\r\n\r\n")[0].decode())
