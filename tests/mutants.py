@@ -258,9 +258,12 @@ DRAFTS = [
     Mutant("an interrupt starts the layers that are left",
            "        if run.hurry.is_set():\n            break\n", "", ENGINE),
     Mutant("drafts are not cut to the window of a model",
-           "if window and drafts:", "if False:", CHAOS),
+           "shown = drafts if room is None else shortened(drafts, room)", "shown = drafts", CHAOS),
     Mutant("that drafts were cut to a window is not told",
-           "if shown is not drafts:", "if False:", CHAOS),
+           'if room is not None:\n            run.degrade("context_trimmed", stage',
+           'if False:\n            run.degrade("context_trimmed", stage', CHAOS),
+    Mutant("a judge with a small window reads all drafts at once",
+           "size = 3  # so little", "size = len(drafts)  # so little", ENGINE),
 ]
 
 # ---- engine: judge, votes, writer, refine -----------------------------------------------------
