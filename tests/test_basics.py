@@ -24,7 +24,8 @@ HOSTILE_BYTES = 200_000
 HOSTILE_SECONDS = 3.0
 
 ANALYSIS = {
-    "consensus": ["Water boils at 100 \u00b0C at sea level.", 'It is "lower" on a mountain; {why}?'],
+    "consensus": ["Water boils at 100 \u00b0C at sea level.",
+                  'It is "lower" on a mountain; {why}?'],
     "contradictions": [
         {
             "topic": "at what height",
@@ -137,7 +138,8 @@ def test_an_object_is_found_however_a_model_writes_it(fusion, text, expected):
 
 @pytest.mark.parametrize("text", [
     "", " ", "null", "[]", "{}", "no object here", "42", '"best_draft"', "best_draft: A", "{",
-    '{"other": 1}', '[{"other": {"best": 2}}]', '{"best_draft"}', "<think>" + REALISTIC + "</think>"])
+    '{"other": 1}', '[{"other": {"best": 2}}]', '{"best_draft"}',
+    "<think>" + REALISTIC + "</think>"])
 def test_what_holds_no_wanted_key_is_none(fusion, text):
     assert fusion.loose_object(text, KEYS) is None
 
@@ -371,8 +373,8 @@ THOUGHTS = [
     ("two blocks", "<think>one</think><think>two</think>answer", "answer", "one\ntwo"),
     ("names do not close each other", "<think>a</thinking>b</think>answer", "answer",
      "a</thinking>b"),
-    ("other tags stay", "<b>an</b> <thinker>answer</thinker>", "<b>an</b> <thinker>answer</thinker>",
-     ""),
+    ("other tags stay", "<b>an</b> <thinker>answer</thinker>",
+     "<b>an</b> <thinker>answer</thinker>", ""),
 ]
 
 
@@ -454,7 +456,7 @@ def test_each_kind_of_error_ends_the_program_with_its_own_code(fusion, name, exi
     error = getattr(fusion, name)("what happened", "a command")
     assert isinstance(error, fusion.FusionError)
     assert (error.exit_code, error.status, error.code) == (exit_code, status, code)
-    assert (str(error), error.message, error.hint) == ("what happened", "what happened", "a command")
+    assert str(error) == error.message == "what happened" and error.hint == "a command"
 
 
 def test_details_belong_to_one_error_and_not_to_its_kind(fusion):

@@ -532,7 +532,7 @@ PIECE = {"choices": [{"index": 0, "delta": {
 
 
 def spoilt_bodies():
-    """(what was put where, the body of a whole answer or of a stream), each place with each junk."""
+    """(what was put where, the body of an answer or of a stream): each junk in each place."""
     for new in JUNK:
         for path in places(WHOLE):
             yield (path, new), encode(replaced(WHOLE, path, new))
@@ -1074,7 +1074,7 @@ def test_an_unknown_host_says_so(caller):
     assert "name.invalid" in error.message and error.hint and not error.accepted
 
 
-def test_a_backend_that_comes_up_late_is_reached_by_a_retry(fusion, caller):
+def test_a_backend_that_comes_up_late_is_reached_by_a_retry(caller):
     port = free_port()
     one = caller("http://127.0.0.1:%d/v1" % port, max_retries=9, retry_backoff=0.05)
     call = Background(one.ask)
@@ -1141,7 +1141,7 @@ def test_cancel_ends_an_upload_that_nobody_reads(fusion, caller):
         cancelled(fusion, one, call)
 
 
-def test_cancel_ends_the_wait_for_a_list_of_models(fusion, serve, caller):
+def test_cancel_ends_the_wait_for_a_list_of_models(serve, caller):
     up = serve("hello")
     up.models_reply = Reply(hang_after=-1)
     one = caller(up, prices={})
@@ -1231,7 +1231,7 @@ def own_threads():
     return [thread for thread in threading.enumerate() if thread.name != "upstream"]
 
 
-def test_threads_and_sockets_return_to_their_idle_number(fusion, serve, caller):
+def test_threads_and_sockets_return_to_their_idle_number(serve, caller):
     before = len(own_threads())
     up = serve({"good": "hello", "cut": Reply(LONG, cut_after=2), "refused": Reply(status=400),
                 "hangs": Reply(LONG, hang_after=2)})
@@ -1587,7 +1587,8 @@ def test_a_template_of_two_roles_gets_tool_turns_as_text_in_turns(serve, caller)
     one = caller(up)
     assert one.ask(CALLED).text == "hello"
     words = "\n".join(message["content"] for message in up.posts()[-1].messages)
-    assert all(word in words for word in ("what is it?", "I look it up.", "it is 42", "or 43", "so?"))
+    told = ("what is it?", "I look it up.", "it is 42", "or 43", "so?")
+    assert all(word in words for word in told)
     assert one.codes.count("rewritten") == 2
 
 
@@ -1714,6 +1715,16 @@ def test_a_configured_price_comes_before_a_local_engine(serve, caller):
     assert one.record.source == "table" and one.record.cost_usd > 0
 
 
+def test_a_backend_without_a_list_of_models_is_asked_for_it_once(serve, caller):
+    up = serve(Reply("hello", usage=USAGE))
+    up.models_reply = Reply(status=404)
+    one = caller(up, prices={})
+    for _ in range(3):
+        one.ask()
+    assert (one.record.cost_usd, one.record.source) == (None, "unknown")
+    assert [request.method for request in up.requests].count("GET") == 1
+
+
 def test_a_list_of_models_that_failed_once_is_asked_again(serve, caller):
     up = serve(Reply("hello", usage=USAGE), owned_by="llamacpp", models=["m"])
     up.models_reply = error_reply(503, "loading")
@@ -1806,7 +1817,7 @@ def test_panel_auto_takes_sixteen_at_most(fusion, serve, caller):
                          ids=["alone", "its-own", "of-others"])
 def test_panel_auto_refuses_another_fusion_server(fusion, serve, caller, members):
     up = serve("hello", models=["fusion"] + members, owned_by="fusion")
-    with pytest.raises(fusion.BackendError) as caught:
+    with pytest.raises(fusion.BackendError, match="fusion") as caught:
         fused(fusion, up, caller)
     assert "FUSION_BASE_URL" in caught.value.hint and up.posts() == []
 
