@@ -2155,13 +2155,17 @@ class EventLines:
     def __init__(self):
         self.rest = b""
         self.data = []
+        self.after_cr = False
 
     def feed(self, piece, last=False):
         """Return the payloads, as bytes, that are complete with this piece of the stream."""
+        if self.after_cr and piece.startswith(b"\n"):
+            piece = piece[1:]  # the other half of a CRLF
+        self.after_cr = piece.endswith(b"\r")
         lines = (self.rest + piece).splitlines(True)
         self.rest = b""
-        if lines and not last and not lines[-1].endswith(b"\n"):
-            self.rest = lines.pop()  # half a line, or half of a CRLF
+        if lines and not last and not lines[-1].endswith((b"\n", b"\r")):
+            self.rest = lines.pop()
         found = []
         for line in [line.rstrip(b"\r\n") for line in lines] + ([b""] if last else []):
             if line.startswith(b"data:"):
@@ -2689,6 +2693,7 @@ class Call:
         self.relayed = relayed
         self.params = params
         self.lessons = run.network.learnt(member)
+        self.tried = {}
         self.started = run.clock()
         self.deadline = None
         self.attempts = 0
@@ -2711,10 +2716,11 @@ class Call:
             network.admit(self.member)
             while True:
                 self.run.check()
-                known = dict(self.lessons)
+                known = dict(self.lessons, **self.tried)
                 try:
                     reply = self.attempt(known)
                     status = reply.finish
+                    self.lessons.update(self.tried)  # kept, since they have helped
                     network.report(self.member)
                     return reply
                 except CallError as error:
@@ -2734,7 +2740,7 @@ class Call:
             raise error
         lesson = lesson_of(error, self.body(known), known)
         if lesson is not None:
-            self.lessons[lesson] = error.message
+            self.tried[lesson] = error.message
             return
         self.failures += 1
         if not error.retryable or self.failures > self.run.config.max_retries:

@@ -963,6 +963,8 @@ HELD = {
     "after [DONE]": Case(Reply(LONG, usage=USAGE, hang_after=11)),
     "after the usage": Case(Reply(LONG, usage=USAGE, hang_after=10, sse={"no_done": True})),
     "after the finish": Case(Reply(LONG, usage=USAGE, hang_after=9, sse={"no_done": True})),
+    "after the finish, lines in CR": Case(Reply(LONG, usage=USAGE, hang_after=9, sse={
+        "no_done": True, "newline": "\r"}), {"member_timeout_s": 5}),
 }
 HANGING_LIST = Case(Reply("hello"), {"prices": {}, "member_timeout_s": 0.5}, {},
                     Reply(hang_after=-1))
@@ -1030,7 +1032,7 @@ def test_a_finished_answer_ends_though_the_connection_is_held_open(timed, name):
     call, up, record = timed[name]
     assert call.error is None and call.result.text == LONG and call.result.finish == "stop"
     assert call.seconds < 4 and record.attempts == 1
-    assert call.result.usage.estimated == (name == "after the finish")
+    assert call.result.usage.estimated == ("finish" in name)
     assert up.wait_for(lambda: up.in_flight == 0, 1), "its connection was closed"
 
 
@@ -1609,6 +1611,15 @@ def test_a_refusal_of_a_broken_request_is_told_as_it_is(serve, caller, messages,
     up = serve(error_reply(400, "messages or response_format are broken"))
     one = caller(up)
     assert "broken" in one.fail(messages, **sent).message
+
+
+def test_a_lesson_that_did_not_help_is_not_kept(serve, caller):
+    up = serve(lambda request: Reply("hello") if request.n > 1 else
+               error_reply(400, "The image is too large; temperature and messages are fine"))
+    one = caller(up)
+    one.fail(temperature=0.5)
+    assert one.ask(temperature=0.5).text == "hello"
+    assert ["temperature" in post.body for post in up.posts()] == [True, False, True]
 
 
 def test_the_parameters_that_make_an_answer_right_are_never_dropped(serve, caller):
