@@ -1,11 +1,12 @@
-"""Promises that mutants.py found untested: each test here kills a mutant that survived before."""
+"""What mutants.py missed: each test kills a mutant that survived the others or made them hang."""
 
 import contextlib
+import time
 
 import pytest
 
-from test_engine import cast, letters_of
-from test_wiring import QUESTION, Rig, analysis_in, drafts_in, judgement, last_text
+from test_engine import cast, hangs, letters_of, on_slots
+from test_wiring import QUESTION, Rig, analysis_in, begin, drafts_in, judgement, last_text
 from upstream import Reply
 
 
@@ -56,3 +57,31 @@ def test_what_backends_take_for_something_else_is_refused_before_the_fan_out(
         made.fuse(messages, params)
     assert (refusal.value.status, refusal.value.param) == (400, param)
     assert made.up.posts() == []
+
+
+def test_a_cancel_is_told_from_the_end_of_an_answer_that_only_its_connection_ends(rig, fusion):
+    endless = Reply("a long answer in pieces", headers={"Transfer-Encoding": None}, hang_after=3)
+    made = rig(cast(writer=endless), max_retries=0)
+    run, pieces = made.start(), []
+    future = begin(lambda: fusion.complete(run, made.config.writer, QUESTION,
+                                           on_delta=lambda text, thought: pieces.append(text)))
+    assert made.up.wait_for(lambda: len(pieces) >= 2)
+    run.cancel.set("stop it")
+    with pytest.raises(fusion.Cancelled, match="stop it"):
+        future.result(5)
+
+
+LEFT_BEHIND = {
+    "a quorum without grace": {"quorum": 2, "grace_s": 0},
+    "a quorum and its grace": {"quorum": 2, "grace_s": 0.2},
+    "an interrupt": {},
+}
+
+
+@pytest.mark.parametrize("settings", LEFT_BEHIND.values(), ids=LEFT_BEHIND)
+def test_who_hangs_is_left_behind_long_before_its_time_is_over(rig, settings):
+    made = rig(cast(m3=hangs(2)), member_timeout_s=6, **settings)
+    started = time.monotonic()
+    made.fuse(listener=on_slots(made, 2, lambda: settings or made.run.hurry.set()))
+    assert time.monotonic() - started < 4
+    assert made.codes().count("member_late") == 1

@@ -717,10 +717,10 @@ def test_the_same_request_has_the_same_letters_whoever_answers_first(rig):
 
     made = rig(script)
     orders = []
-    for model in PANEL:
+    for model in PANEL * 3:
         slow["model"] = model
         orders.append(order_at_judge(made, QUESTION))
-    assert orders[0] == orders[1] == orders[2]
+    assert all(order == orders[0] for order in orders), "by chance, one time in a million"
 
 
 def test_the_seed_of_the_receipt_is_that_of_the_request(rig):
