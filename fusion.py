@@ -231,13 +231,13 @@ def split_thinking(text):
     Some chat templates open the block themselves, so that only its end reaches us: then all
     that stands before a first `</think>` that ends its line is reasoning.
     """
-    thoughts = []
+    thoughts, at = [], 0
     match = THINK.match(text) or UNOPENED_THINK.match(text)
     while match:
         thoughts.append(match.group("thought").strip())
-        text = text[match.end():]
-        match = THINK.match(text)
-    return text, "\n".join(thoughts)
+        at = match.end()
+        match = THINK.match(text, at) if at < len(text) else None
+    return text[at:], "\n".join(thoughts)
 
 
 LOOSE_TOKEN = re.compile(r"""
@@ -2180,36 +2180,36 @@ class ThinkFilter:
     """Parts a stream whose answer opens with `<think>` blocks into answer and reasoning."""
 
     OPEN = ("<think>", "<thinking>")
+    BLANK = re.compile(r"\s*")
 
     def __init__(self):
         self.held = ""
         self.state = "start"
         self.close = ""
-        self.blocks = 0
 
     def feed(self, piece):
         """Return (answer, reasoning) that this piece adds."""
         if self.state == "answer":
             return piece, ""
-        self.held += piece
-        if self.state == "start":
-            head = self.held.lstrip()
-            opened = [tag for tag in self.OPEN if head.startswith(tag)]
-            if not opened:
-                self.held = head if self.close else self.held
-                wait = any(tag.startswith(head) for tag in self.OPEN)
-                return ("", "") if wait else self.end()
-            self.state, self.close = "inside", opened[0].replace("<", "</")
-            self.held = head[len(opened[0]):]
-        thought, closed, rest = self.held.partition(self.close)
-        if closed and self.blocks < 100:
-            self.state, self.held = "start", ""
-            self.blocks += 1
-            answer, more = self.feed(rest)
-            return answer, thought + more
-        kept = len(self.close) - 1
-        self.held = thought[-kept:]
-        return "", thought[:-kept]
+        text, at, thoughts = self.held + piece, 0, []
+        while True:
+            if self.state == "start":
+                head = self.BLANK.match(text, at).end()
+                opened = [tag for tag in self.OPEN if text.startswith(tag, head)]
+                if not opened:
+                    break
+                self.state, self.close = "inside", opened[0].replace("<", "</")
+                at = head + len(opened[0])
+            end = text.find(self.close, at)
+            if end < 0:
+                end = max(at, len(text) - len(self.close) + 1)  # half a tag may stand there
+                self.held = text[end:]
+                return "", "".join(thoughts) + text[at:end]
+            thoughts.append(text[at:end])
+            self.state, at = "start", end + len(self.close)
+        self.held = text[head if self.close else at:]
+        wait = any(tag.startswith(text[head:head + len(tag)]) for tag in self.OPEN)
+        return "" if wait else self.end()[0], "".join(thoughts)
 
     def end(self):
         """Return (answer, reasoning) that is still held; from here on everything is answer."""
@@ -2380,7 +2380,7 @@ class Assembler:
 def read_answer(exchange, assembler):
     """Feed the assembler from a stream or from one JSON object, whichever the backend sent.
 
-    The first byte decides and not the content type, which sloppy servers get wrong.
+    The first field name decides and not the content type, which sloppy servers get wrong.
     """
     pieces = body_pieces(exchange, assembler.patience)
     head = b""

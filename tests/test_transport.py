@@ -1622,6 +1622,13 @@ def test_a_lesson_that_did_not_help_is_not_kept(serve, caller):
     assert ["temperature" in post.body for post in up.posts()] == [True, False, True]
 
 
+@pytest.mark.parametrize("stream", [True, False])
+def test_an_answer_behind_any_number_of_think_blocks_comes_whole(serve, caller, stream):
+    up = serve(Reply("<think>a</think>\n" * 3000 + "the answer"))
+    reply = caller(up).ask(stream=stream)
+    assert (reply.text, reply.reasoning.count("a")) == ("the answer", 3000)
+
+
 def test_the_parameters_that_make_an_answer_right_are_never_dropped(serve, caller):
     tools = [{"type": "function", "function": {"name": "find", "parameters": {}}}]
     up = serve(error_reply(400, "tools, n, model and messages are not supported"))
