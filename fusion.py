@@ -14,16 +14,17 @@ receipt: who ran, who failed, what it cost, and what did not go as configured.
     python3 fusion.py ask "Why is the sky blue?"            with OPENROUTER_API_KEY set
     python3 fusion.py ask --estimate "..."                  what it would cost, before sending
     python3 fusion.py show --drafts                         what each member of the last run said
+    python3 fusion.py serve                                 an OpenAI-compatible server
 
 How one answer comes about:
 
-     argv, .env, config file
-              |  config
+     argv, .env, config file, request JSON
+              |  config, dialects
               v
      Config (frozen) + messages + Run (cancel, deadline, ledger, events)
               |
               v                                     one event stream
-     fuse() -> gather() -> judge() -> synthesize() -> refine()  ------>  Screen | --json
+     fuse() -> gather() -> judge() -> synthesize() -> refine()  -->  Screen | --json | SSE
                   |           |            |
                   +------ converse() --- complete() --- HTTP to a backend
               |
@@ -41,9 +42,10 @@ The file reads from top to bottom, and each section uses only what stands above 
     08  engine     prompts, gather, judge, synthesize, refine, vote: fuse()
     09  fake       the key-free backend, a real HTTP server on loopback
     10  terminal   the screen, tables, and the filter for control characters
-    11  dialects   our results as OpenAI objects
+    11  dialects   Chat Completions and OpenRouter's forms, to and from our types
+    12  server     HTTP, routes, keys, limits: serve
     13  talk       ask and show
-    17  cli        parser, the small commands, main
+    17  cli        parser, serve, smoke, the small commands, main
 
 `grep -n '^# .[0-9]' fusion.py` is the index. Programs import the file and call `load_config`,
 `start_run` and `fuse`, as `ask` in section 13 does.
@@ -89,6 +91,7 @@ MAX_IMAGE = 20_000_000      # bytes of one image file, the common limit of hoste
 MAX_REPLY = 32_000_000      # bytes of one upstream answer; no honest answer comes near it
 SLICE_S = 0.1               # how often waiting looks at cancel, hurry and deadlines
 MAX_CALLS = 48              # planned upstream calls that one request may ask for
+MAX_DEPTH = 100             # nesting of JSON; tool schemas reach about 20
 PROGRAM = "python3 fusion.py"
 
 
@@ -111,7 +114,6 @@ class FusionError(Exception):
         self.param = details.pop("param", None)
         for name, value in details.items():
             setattr(self, name, value)
-
 
     def __str__(self):
         return self.message
@@ -238,6 +240,53 @@ def split_thinking(text):
         at = match.end()
         match = THINK.match(text, at) if at < len(text) else None
     return text[at:], "\n".join(thoughts)
+
+
+def plain_json(text, **hooks):
+    """Return the value of a JSON text. Raises ValueError, for doubled keys and NaN too."""
+    def unique(pairs):
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            counts = collections.Counter(name for name, _ in pairs)
+            raise ValueError("the key %s stands there twice" % clip(max(counts, key=counts.get),
+                                                                    60))
+        return found
+
+    def constant(name):
+        raise ValueError("%s is not a JSON value" % name)
+
+    try:
+        return json.loads(text, object_pairs_hook=unique, parse_constant=constant, **hooks)
+    except RecursionError:
+        raise ValueError("it is nested too deeply")
+
+
+def strict_json(text):
+    """Return the value of a stranger's JSON text. Raises ValueError, for more than plain_json does.
+
+    A number too large for a double, half a surrogate pair, nesting deeper than MAX_DEPTH.
+    """
+    def bounded(kind):
+        def read(digits):
+            if not math.isfinite(float(digits)):
+                raise ValueError("the number %s is too large" % clip(digits, 20))
+            return kind(digits)
+        return read
+
+    value = plain_json(text, parse_int=bounded(int), parse_float=bounded(float))
+    level, depth = [value], 0
+    while level:
+        level = [child for item in level if isinstance(item, (dict, list))
+                 for child in (item.values() if isinstance(item, dict) else item)]
+        depth += 1
+        if depth > MAX_DEPTH:
+            raise ValueError("it is nested too deeply")
+    if re.search(r"\\u[dD][89a-fA-F]", text):
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError("it holds half a surrogate pair")
+    return value
 
 
 LOOSE_TOKEN = re.compile(r"""
@@ -743,8 +792,9 @@ class Analysis:
 class Event(NamedTuple):
     """Something that happened in a run, `t` seconds after its start; every face renders these.
 
-    Kinds: `start`, `slot` (a member's state), `delta` (a member's text), `stage` (judge, synth
-    or refine: its state), `analysis`, `answer` (text of the answer), `degraded`, `end`.
+    Kinds: `start` (nothing is refused any more), `slot` (a member's state), `delta` (a member's
+    text), `tool`, `stage` (judge, synth or refine: its state), `analysis`, `answer` (text of a
+    choice of the answer), `degraded`, `end`.
     """
 
     kind: str
@@ -766,12 +816,17 @@ class CallRecord(NamedTuple):
 
 
 class Result(NamedTuple):
-    """An answered request: the reply, what it rests on, and the receipt (see `receipt_of`)."""
+    """An answered request: a reply for each choice asked for, and the receipt (`receipt_of`)."""
 
-    reply: Reply
+    replies: tuple
     drafts: tuple
     usage: Usage
     receipt: dict
+
+    @property
+    def reply(self):
+        """The reply, the first if several were asked for."""
+        return self.replies[0]
 
 
 class Cancel:
@@ -831,11 +886,12 @@ class Run:
     `deadline` is a moment of `clock`. `branch` gives a view that shares everything but what it
     is told to change, so that one member can be cut off or get less time than the others. With
     `live`, the answer's text is emitted while it is written. `hurry` asks the panel to go on with
-    the drafts that are in.
+    the drafts that are in. `advice` is the table of what panels said in earlier requests of
+    `owner`, or None; `offered` are the client's own tools, which the writer alone may call.
     """
 
     def __init__(self, config, network, ledger, listener=None, registry=None,
-                 clock=time.monotonic, depth=0, live=False, tape=None):
+                 clock=time.monotonic, depth=0, live=False, tape=None, advice=None, owner=""):
         self.config = config
         self.network = network
         self.ledger = ledger
@@ -844,8 +900,12 @@ class Run:
         self.clock = clock
         self.depth = depth
         self.live = live
-        self.shown = False
+        self.choice = 0
+        self.shown = set()
         self.tape = tape
+        self.advice = advice
+        self.owner = owner
+        self.offered = None
         self.seat = None
         self.stage = ""
         self.id = new_id("run-")
@@ -1170,29 +1230,18 @@ def preset_names():
 
 def read_json_file(path):
     """Return the JSON object in a file. Raises UsageError with line and column."""
-    def unique(pairs):
-        found = {}
-        for key, value in pairs:
-            if key in found:
-                raise ValueError("the key %s stands there twice" % key)
-            found[key] = value
-        return found
-
-    def no_constant(name):
-        raise ValueError("%s is not a JSON value" % name)
-
     try:
         with open(path, encoding="utf-8-sig") as file:
             content = file.read(1_000_001)
         if len(content) > 1_000_000:
             raise ValueError("it is larger than 1 MB")
-        values = json.loads(content, object_pairs_hook=unique, parse_constant=no_constant)
+        values = plain_json(content)
         if not isinstance(values, dict):
             raise ValueError("it holds %s where an object belongs" % json_type(values))
         return values
     except json.JSONDecodeError as error:
         reason = "line %d, column %d: %s" % (error.lineno, error.colno, error.msg)
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         reason = reason_of(error)
     raise UsageError("cannot read the configuration %s: %s" % (path, reason),
                      "%s presets show budget prints one that works" % PROGRAM)
@@ -1428,6 +1477,7 @@ JUDGE_CAP = 4096            # tokens of an analysis; the judge's own cap
 FRAME = 2000                # tokens that our own words add to a prompt, at most
 FENCE = 60                  # tokens that the fence of a draft adds, or the request for a vote
 IMAGE_TOKENS = 1700         # what hosted models count for one image, at most
+ALONE = ("solo", "tool_loop")  # modes in which the synthesizer is the only one to be asked
 LOCAL_PRICE = Price(0.0, 0.0, 0.0, (), "local")
 
 
@@ -1585,11 +1635,11 @@ class Planned(NamedTuple):
     high: Optional[float]
 
 
-def estimate(config, messages, writer_cap=None, price=price_of):
+def estimate(config, messages, writer_cap=None, price=price_of, choices=1):
     """Return the Planned calls of a request, before it is made; retries and repairs aside.
 
     The low end takes a tenth of each cap as the answer, the high end is what calls reserve:
-    each cap reached, 3 bytes of text a token.
+    each cap reached, 3 bytes of text a token. The writer is asked for each choice anew.
     """
     size = (prompt_tokens(messages, 4), prompt_tokens(messages, 3))
     cap = writer_cap or config.writer.max_tokens or config.max_tokens
@@ -1605,7 +1655,7 @@ def estimate(config, messages, writer_cap=None, price=price_of):
         return Planned(role, member.name, calls, low * calls, high * calls)
 
     plan = []
-    if config.mode != "solo":
+    if config.mode not in ALONE:
         caps = [member.max_tokens or config.max_tokens for member in config.panel]
         drafts, count = sum(caps) * config.samples, len(caps) * config.samples
         read = (drafts // 10, drafts * 4 // 3 + FRAME + FENCE * count)
@@ -1614,10 +1664,10 @@ def estimate(config, messages, writer_cap=None, price=price_of):
                      for member, limit in zip(config.panel, caps)]
         plan.append(planned("judge", config.judge, 1, read, judge_cap))
         read = (read[0] + judge_cap // 10, read[1] + judge_cap * 4 // 3)
-    plan.append(planned("synth", config.writer, 1, read if plan else (0, 0), cap))
+    plan.append(planned("synth", config.writer, choices, read if plan else (0, 0), cap))
     if config.refine:
         again = (cap // 10, (cap + judge_cap) * 4 // 3 + FRAME)
-        plan.append(planned("refine", config.writer, 1, again, cap))
+        plan.append(planned("refine", config.writer, choices, again, cap))
     return plan
 
 
@@ -1635,7 +1685,7 @@ def cheaper(config):
     """
     if config.refine:
         return dataclasses.replace(config, refine=False), "refine off"
-    if config.mode == "solo":
+    if config.mode in ALONE:
         return None
     if config.samples > 1:
         return dataclasses.replace(config, samples=1), "samples 1"
@@ -1647,7 +1697,7 @@ def cheaper(config):
     return dataclasses.replace(config, mode="solo"), "solo"
 
 
-def within_budget(config, messages, writer_cap, left, price=price_of):
+def within_budget(config, messages, writer_cap, left, price=price_of, choices=1):
     """Return (config, cuts) whose worst case fits `left` USD; left None is no ceiling.
 
     Raises LimitError when not even one call does. Unknown prices count as nothing here: such a
@@ -1655,7 +1705,7 @@ def within_budget(config, messages, writer_cap, left, price=price_of):
     """
     cuts = []
     while left is not None:
-        plan = estimate(config, messages, writer_cap, price)
+        plan = estimate(config, messages, writer_cap, price, choices)
         high = sum(item.high or 0.0 for item in plan)
         if high <= left:
             break
@@ -1722,7 +1772,7 @@ class Network:
                 if not self.idle.get(place):
                     return None
                 connection, since = self.idle[place].pop()
-            if time.monotonic() - since < KEEP_IDLE_S and not readable(connection.sock.plain):
+            if time.monotonic() - since < KEEP_IDLE_S and not ready(connection.sock.plain):
                 return connection
             connection.sock.plain.close()
 
@@ -1758,13 +1808,18 @@ class Network:
         """Return {lesson: why} of what this backend and model refused so far."""
         return self.lessons.setdefault((member.backend.url, member.model), {})
 
-    def admit(self, member):
-        """Raise CallError while a model is left alone, since its last calls all failed."""
+    def resting(self, member):
+        """Return the seconds for which a model is left alone, since its last calls all failed."""
         count, until = self.broken.get((member.backend.url, member.model), (0, 0.0))
-        wait = until - time.monotonic()
-        if count >= BREAKER_CALLS and wait > 0:
+        return max(0.0, until - time.monotonic()) if count >= BREAKER_CALLS else 0.0
+
+    def admit(self, member):
+        """Raise CallError while a model is left alone."""
+        wait = self.resting(member)
+        if wait:
             raise CallError("its last %d calls failed; it is asked again in %.0f s"
-                            % (count, wait), kind="breaker", retry_after=wait)
+                            % (self.broken[member.backend.url, member.model][0], wait),
+                            kind="breaker", retry_after=wait, status=503, code="overloaded")
 
     def report(self, member, error=None):
         """Note how a call ended; only what says that the backend is down counts against it."""
@@ -1820,13 +1875,14 @@ class Network:
         return LOCAL_PRICE if self.local[backend.url] else None
 
 
-def readable(sock):
-    """Whether an idle socket has something to say: the end of the connection, or garbage."""
+def ready(sock, writing=False, seconds=0.0):
+    """Whether a socket takes bytes, or has something to say (its end, too), within the seconds."""
     if hasattr(select, "poll"):  # select itself fails from descriptor 1024 on
         poll = select.poll()
-        poll.register(sock, select.POLLIN)
-        return bool(poll.poll(0))
-    return bool(select.select([sock], [], [], 0)[0])
+        poll.register(sock, select.POLLOUT if writing else select.POLLIN)
+        return bool(poll.poll(1000 * seconds))
+    waiting = ([], [sock]) if writing else ([sock], [])
+    return any(select.select(*waiting, [], seconds))
 
 
 class Wire:
@@ -2461,7 +2517,8 @@ OVERFLOW = re.compile(r"context.?(length|size|window)|maximum context|exceed_con
 NO_MODEL = re.compile(r"model.{0,80}(not found|not exist|no such|invalid|unknown|not a valid)|"
                       r"(not a valid|invalid|unknown|no such) model|no endpoints found",
                       re.IGNORECASE | re.DOTALL)
-TRANSIENT = (408, 409, 425, 429, 529)
+TOLD = {"rate": (429, "rate_limit_exceeded"), "context": (400, "context_length_exceeded"),
+        "request": (400, "invalid_request_error")}  # kinds that a client of ours can act upon
 
 
 def refusal_error(backend, status, body, response):
@@ -2485,36 +2542,28 @@ def status_error(backend, status, message, code=None, param=None, **details):
     kind, hint, retryable = classify(status, "%s %s" % (code, message))
     if kind == "auth":
         hint = "check %s" % (backend.key_name or "the key of %s" % backend.host)
+    told = TOLD.get(kind, (CallError.status, CallError.code))
     return CallError("%s: %s" % (status, message), hint, kind=kind, retryable=retryable,
-                     upstream_status=status, upstream_param=param, **details)
+                     upstream_status=status, upstream_param=param, status=told[0], code=told[1],
+                     **details)
+
+
+# (statuses, words in its answer, kind, whether again helps, hint); the first row that fits
+REFUSALS = (
+    ((), OVERFLOW, "context", False, "a model with a larger context window, or a shorter prompt"),
+    ((401, 403), None, "auth", False, ""),
+    ((402,), None, "credit", False, "add credit at the backend"),
+    ((404,), NO_MODEL, "model", False, PROGRAM + " models --refresh lists what the backend has"),
+    ((429,), None, "rate", True, ""),
+    ((408, 409, 425, 529), None, "server", True, ""))
 
 
 def classify(status, words):
-    """Return (kind, hint, retryable) of a refused call.
-
-    | status                  | kind    | again? |
-    |-------------------------|---------|--------|
-    | says context overflow   | context | no     |
-    | 401, 403                | auth    | no     |
-    | 402                     | credit  | no     |
-    | 404, says no such model | model   | no     |
-    | 429                     | rate    | yes    |
-    | 408 409 425 529, 5xx    | server  | yes    |
-    | 400, 422, others        | request | no     |
-    """
-    if OVERFLOW.search(words):
-        return "context", "a model with a larger context window, or a shorter prompt", False
-    if status in (401, 403):
-        return "auth", "", False
-    if status == 402:
-        return "credit", "add credit at the backend", False
-    if status == 404 or NO_MODEL.search(words):
-        return "model", "%s models --refresh lists what the backend has" % PROGRAM, False
-    if status == 429:
-        return "rate", "", True
-    if status in TRANSIENT or status >= 500:
-        return "server", "", True
-    return "request", "", False
+    """Return (kind, hint, retryable) of a refused call."""
+    for statuses, pattern, kind, again, hint in REFUSALS:
+        if status in statuses or pattern and pattern.search(words):
+            return kind, hint, again
+    return ("server", "", True) if status >= 500 else ("request", "", False)
 
 
 def retry_after(value):
@@ -2558,11 +2607,8 @@ def lesson_of(error, body, known):
     """
     if error.upstream_status not in (400, 422, 500) or error.kind in ("context", "model"):
         return None
-    words = error.message.lower()
-    for lesson in candidates(error, words, body):
-        if lesson not in known:
-            return lesson
-    return None
+    return next((lesson for lesson in candidates(error, error.message.lower(), body)
+                 if lesson not in known), None)
 
 
 def candidates(error, words, body):
@@ -2807,7 +2853,7 @@ class Call:
         extra = [{"content": body.get(name)} for name in ("tools", "response_format")
                  if body.get(name)]
         worst = Usage(prompt_tokens(body["messages"] + extra),
-                      max(caps, default=self.run.config.max_tokens) * (body.get("n") or 1))
+                      max(caps, default=self.run.config.max_tokens))
         return self.run.ledger.reserve(cost_of(worst, price), self.member.name)
 
     def start_clock(self, waited):
@@ -3161,6 +3207,10 @@ def converse(run, member, messages, registry=None, turns=TOOL_TURNS, **options):
 # | the budget                            | less of everything, then an error | budget_cut         |
 # | the context of a model is too small   | longest drafts cut head and tail  | context_trimmed    |
 # | tools asked for that are not there    | members answer without            | tools_missing      |
+# | the writer calls no tool that there   | asked once more, about that fault | reply_repaired     |
+# |   is, or breaks the asked JSON form   |                                   |                    |
+# | it does so again                      | what is valid of it               | reply_invalid      |
+# | no advice at hand on a tool turn      | the writer acts alone             | advice_missing     |
 #
 # From transport come price_unknown, usage_estimated and rewritten.
 
@@ -3168,6 +3218,7 @@ THIN_DRAFT = 1500           # bytes a draft below which the judge reads them thr
 MIN_DRAFT = 200             # bytes that are left of a draft however small the window
 OWN_WORDS = 900             # tokens of our longest prompt without its drafts
 REFINE_KEEPS = 0.6          # of the answer's length, or the refined one is rejected
+ADVICE_BYTES = 16_000_000   # of drafts and analyses kept for tool turns
 
 INTRO = """\
 {count} answered the conversation above, independently of each other. Their drafts stand below, \
@@ -3247,6 +3298,36 @@ word the same; with the answer alone, without fences or remarks.\
 LAYER_PROMPT = INTRO + """
 Write your own complete answer to the conversation. Use what is right in the drafts, correct what \
 is wrong and add what is missing. Do not mention the drafts.\
+"""
+
+TOOLS_PROMPT = """\
+Whoever answers the conversation can call the tools below; you cannot. Propose the next step: \
+which calls to make, with which arguments and why, or the answer itself if no call is needed.
+
+{tools}\
+"""
+
+CALLS_PROMPT = """
+- The tools are yours to call; the drafts could only propose calls. If a call is the next step, \
+make it now and do not describe it.\
+"""
+
+ADVICE_PROMPT = INTRO + """
+{findings}They were written before the latest tool results above came in, which count for more. \
+Take the next step now: call tools, or write the answer if nothing is left to do. Do not mention \
+drafts, letters, a panel, a judge or this message.\
+"""
+
+MEND_PROMPT = """\
+A reply to the conversation above stands below between fence lines that carry the tag {tag}. It \
+cannot be used: {fault}.
+
+<reply-{tag}>
+{reply}
+</reply-{tag}>
+
+{form}Give the reply again without that fault and otherwise the same; that reply alone, without \
+fences or remarks.\
 """
 
 LENS_PROMPT = "Look at it from this perspective: {lens}"
@@ -3438,6 +3519,9 @@ def member_messages(config, messages, member, previous, run):
     parts = []
     if previous:
         parts.append(LAYER_PROMPT.format(**introduction(previous, run.tag)))
+    if run.offered:
+        parts.append(TOOLS_PROMPT.format(tools=json.dumps(
+            [tool["function"] for tool in run.offered], ensure_ascii=False)))
     if member.lens:
         parts.append(LENS_PROMPT.format(lens=member.lens))
     if config.vote:
@@ -3866,16 +3950,19 @@ def synthesize(config, messages, drafts, analysis, run, params):
     Without drafts it answers the conversation alone. Client parameters go here and nowhere else.
     When every synthesizer fails, the best draft stands in, and the receipt says so.
     """
-    def prompt(shown):
-        return [user(SYNTH_PROMPT.format(findings=findings(analysis, run.tag),
-                                         **introduction(shown, run.tag)))] if shown else []
+    form = ADVICE_PROMPT if config.mode == "tool_loop" else \
+        SYNTH_PROMPT + CALLS_PROMPT if run.offered else SYNTH_PROMPT
 
-    live = run.live and not config.refine
+    def prompt(shown):
+        return [user(form.format(findings=findings(analysis, run.tag),
+                                 **introduction(shown, run.tag)))] if shown else []
+
+    live = run.live and not config.refine and not json_form(params)
     for writer in config.synthesizer:
         try:
-            return with_room(run, writer, messages, drafts, "synth", lambda shown: write(
-                config, writer, list(messages) + prompt(shown), run, "synth", params, live
-            )), writer.name
+            reply = with_room(run, writer, messages, drafts, "synth", lambda shown: write(
+                config, writer, list(messages) + prompt(shown), run, "synth", params, live))
+            return mended(config, writer, messages, reply, run, params), writer.name
         except (CallError, LimitError) as error:
             run.cancel.check()
             failure = error
@@ -3894,10 +3981,17 @@ def write(config, writer, messages, run, role, params, live):
     """
     run.emit("stage", stage=role, state="running", model=writer.name)
 
+    def show(text, thought=""):
+        if text:
+            run.shown.add(run.choice)
+        if text or thought:
+            run.emit("answer", text=text, reasoning=thought, choice=run.choice)
+
+    held = CallFilter() if params.get("tools") else None
+
     def on_delta(text, thought):
-        if live and text:
-            run.shown = True
-            run.emit("answer", text=text)
+        if live:
+            show(held.feed(text) if held else text, thought)
 
     cap = {} if params.keys() & {"max_tokens", "max_completion_tokens"} else \
         {"max_tokens": writer.max_tokens or config.max_tokens}
@@ -3907,17 +4001,259 @@ def write(config, writer, messages, run, role, params, live):
     try:
         reply = complete(run, writer, seen_by(writer, messages, run, role), role=role,
                          on_delta=on_delta, relayed=live, **sent)
-        if not reply.text.strip() and not (params.get("tools") and reply.tool_calls):
-            raise CallError("called tools that nobody offers" if reply.tool_calls
+        called, reply = reply.tool_calls, settled(reply, params)
+        if not reply.text.strip() and not reply.tool_calls:
+            raise CallError("called tools that nobody offers" if called
                             else "was silenced by a content filter", kind="empty")
     except CallError as error:
-        if not run.shown:
+        if run.choice not in run.shown:
             raise
         run.degrade("stream_cut", role, writer.name, error.message)
         raise BackendError("the answer was cut off in the middle: %s" % error.message,
                            "ask again; --refine shows only whole answers", code="stream_cut")
+    if live and held and not reply.tool_calls:
+        show(held.rest)
     run.emit("stage", stage=role, state="done", model=writer.name)
     return reply
+
+
+class CallFilter:
+    """Holds back a text that opens as a tool call written out as text does, until it is whole."""
+
+    OPEN = re.compile(r"\s*(\Z|\{|\[\s*(\Z|\{)|<(\Z|t(\Z|o))|`{1,2}\Z|```)")
+
+    def __init__(self):
+        self.rest = ""
+        self.open = False
+
+    def feed(self, piece):
+        """Return what may be shown now; `rest` is what is still held."""
+        self.rest += piece
+        self.open = self.open or not self.OPEN.match(self.rest)
+        if not self.open:
+            return ""
+        ready, self.rest = self.rest, ""
+        return ready
+
+
+def written_calls(text, names):
+    """Return the tool calls that a model wrote out as text, () if the text is anything else.
+
+    That is JSON with a name and arguments, bare or in a code fence, or in `<tool_call>` tags.
+    """
+    blocks = re.findall(r"<tool_call>(.*?)</tool_call>", text, re.DOTALL)
+    if not blocks or re.sub(r"<tool_call>.*?</tool_call>", "", text, flags=re.DOTALL).strip():
+        blocks = [unfenced(text)]
+    calls = []
+    for block in blocks:
+        try:
+            found = json.loads(block)
+        except (ValueError, RecursionError):
+            return ()
+        for item in found if isinstance(found, list) else [found]:
+            item = item.get("function", item) if isinstance(item, dict) else {}
+            item = item if isinstance(item, dict) else {}
+            arguments = item.get("arguments", item.get("parameters"))
+            if item.get("name") not in names or not isinstance(arguments, (dict, str)):
+                return ()
+            arguments = arguments if isinstance(arguments, str) else json.dumps(arguments)
+            calls.append({"id": new_id("call-"), "type": "function",
+                          "function": {"name": item["name"], "arguments": arguments}})
+    return tuple(calls)
+
+
+def unfenced(text):
+    """Return what stands in the one code fence that is the whole text, else the text."""
+    fence = re.fullmatch(r"\s*```\w*[ \t]*\n(.*)\n[ \t]*```\s*", text, re.DOTALL)
+    return fence.group(1) if fence and "```" not in fence.group(1) else text
+
+
+def settled(reply, params):
+    """Return a reply in the form that the client asked for, where nothing has to be guessed."""
+    names = {tool["function"]["name"] for tool in params.get("tools") or ()}
+    calls, text = reply.tool_calls, reply.text
+    if names and not calls and params.get("tool_choice") != "none":
+        calls = written_calls(text, names)
+        text = "" if calls else text
+    calls = [dict(call, function=dict(call["function"], arguments=call["function"]["arguments"]
+                                      .strip() or "{}")) for call in calls if names]
+    if params.get("parallel_tool_calls") is False:
+        del calls[1:]
+    if reply.cut:  # a call that was cut off must not be run
+        calls = [call for call in calls if call_fault(call, params) is None]
+    if json_form(params) and not calls and json_type_of(unfenced(text)):
+        text = unfenced(text)
+    finish = "length" if reply.cut else "tool_calls" if calls else \
+        "stop" if reply.finish == "tool_calls" else reply.finish
+    return reply._replace(text=text, tool_calls=tuple(calls), finish=finish)
+
+
+def call_fault(call, params):
+    """Return what is wrong with a tool call, or None."""
+    names = [tool["function"]["name"] for tool in params.get("tools") or ()]
+    name, arguments = call["function"]["name"], call["function"]["arguments"]
+    if name not in names:
+        return "there is no tool %s; %s" % (clip(name, 60), did_you_mean(name, names))
+    if json_type_of(arguments) is not dict:
+        return "the arguments of %s are no JSON object" % name
+    return None
+
+
+def reply_fault(reply, params):
+    """Return what is wrong with a reply by the client's own parameters, or None."""
+    for call in reply.tool_calls:
+        fault = call_fault(call, params)
+        if fault:
+            return fault
+    choice, form = params.get("tool_choice"), json_form(params)
+    if params.get("tools") and (choice == "required" or isinstance(choice, dict)):
+        wanted = (choice.get("function") or {}).get("name") if isinstance(choice, dict) else None
+        called = [call["function"]["name"] for call in reply.tool_calls]
+        if not called or (wanted and set(called) != {wanted}):
+            return "the tool %s has to be called" % wanted if wanted else "a tool has to be called"
+    if not form or reply.tool_calls or reply.refusal:
+        return None
+    try:
+        value = strict_json(reply.text)
+    except ValueError as error:
+        return "it is no JSON: %s" % error
+    schema = schema_of(form)
+    if schema is None:
+        return None if isinstance(value, dict) else "it is JSON, but no object"
+    try:
+        return schema_fault(value, schema, schema, "")
+    except (RecursionError, TypeError, ValueError):  # a schema that is none, or has no end
+        return None
+
+
+def json_form(params):
+    """Return the response_format if it asks for JSON, else None."""
+    form = params.get("response_format")
+    asked = isinstance(form, dict) and form.get("type") in ("json_object", "json_schema")
+    return form if asked else None
+
+
+def schema_of(form):
+    """Return the schema of a response_format, or None."""
+    found = form.get("json_schema")
+    return found.get("schema") if isinstance(found, dict) else None
+
+
+JSON_TYPES = {"object": dict, "array": list, "string": str, "boolean": bool, "null": type(None),
+              "number": (int, float), "integer": (int, float)}
+
+
+def schema_fault(value, schema, root, place):
+    """Return where a JSON value does not keep to a JSON schema, or None.
+
+    It knows what strict structured output knows (types, properties, items, enum, const, bounds,
+    anyOf, oneOf, allOf, $ref into the schema itself); other keywords are passed over.
+    """
+    if not isinstance(schema, dict):
+        return "%s must not be there" % place if schema is False else None
+    if isinstance(schema.get("$ref"), str):
+        return schema_fault(value, resolved(schema, root), root, place)
+    here = place or "the whole"
+    kinds = schema.get("type", [])
+    kinds = kinds if isinstance(kinds, list) else [kinds]
+    if kinds and not any(is_json(value, kind) for kind in kinds):
+        return "%s has to be %s" % (here, " or ".join(map(str, kinds)))
+    if "enum" in schema and value not in schema["enum"]:
+        return "%s has to be one of %s" % (here, clip(json.dumps(schema["enum"]), 200))
+    if "const" in schema and value != schema["const"]:
+        return "%s has to be %s" % (here, clip(json.dumps(schema["const"]), 200))
+    for word, broken in (("allOf", any), ("anyOf", all), ("oneOf", all)):
+        faults = [schema_fault(value, part, root, place) for part in schema.get(word, [])]
+        if faults and broken(faults):
+            return next(filter(None, faults))
+    return bounds_fault(value, schema, here) or inner_fault(value, schema, root, place)
+
+
+def resolved(schema, root):
+    """Return the part of a schema that its $ref leads to, or the schema itself."""
+    found = schema.get("$ref") if isinstance(schema, dict) else None
+    if not isinstance(found, str):
+        return schema
+    target = root
+    for step in filter(None, found.lstrip("#").split("/")):
+        target = target.get(step, {}) if isinstance(target, dict) else {}
+    return target
+
+
+def is_json(value, kind):
+    """Whether a value is of a type of JSON schema; 1.0 is an integer too, true is no number."""
+    if isinstance(value, bool):
+        return kind == "boolean"
+    return isinstance(value, JSON_TYPES.get(kind, object)) and \
+        (kind != "integer" or value == math.floor(value))
+
+
+def bounds_fault(value, schema, here):
+    """Return which bound of a schema a number, text or list breaks, or None."""
+    size = value if is_json(value, "number") else len(value) \
+        if isinstance(value, (str, list)) else None
+    names = ("minimum", "maximum") if is_json(value, "number") else \
+        ("minLength", "maxLength") if isinstance(value, str) else ("minItems", "maxItems")
+    if size is None:
+        return None
+    if names[0] in schema and size < schema[names[0]] or \
+            names[1] in schema and size > schema[names[1]]:
+        return "%s breaks %s" % (here, " or ".join(name for name in names if name in schema))
+    if names[0] == "minimum" and (size <= schema.get("exclusiveMinimum", -math.inf)
+                                  or size >= schema.get("exclusiveMaximum", math.inf)):
+        return "%s breaks exclusiveMinimum or exclusiveMaximum" % here
+    return None
+
+
+def inner_fault(value, schema, root, place):
+    """Return what is wrong with the entries of an object or a list by its schema, or None."""
+    parts = []
+    if isinstance(value, list):
+        parts = [(item, schema.get("items", True), "%s[%d]" % (place, index))
+                 for index, item in enumerate(value)]
+    elif isinstance(value, dict):
+        for name in schema.get("required", []):
+            if name not in value:
+                return "%s is missing" % (place + "." + name).lstrip(".")
+        rest = schema.get("additionalProperties", True)
+        parts = [(item, schema.get("properties", {}).get(name, rest),
+                  (place + "." + clip(name, 60)).lstrip(".")) for name, item in value.items()]
+    return next(filter(None, (schema_fault(item, rule, root, at) for item, rule, at in parts)),
+                None)
+
+
+def mended(config, writer, messages, reply, run, params):
+    """Return the reply, asked for once more if its tool calls or its form cannot be used.
+
+    What still has a fault is returned as far as it is valid. Raises CallError if nothing is.
+    """
+    fault = reply_fault(reply, params)
+    if fault is None:
+        return reply
+    form, calls = json_form(params), list(reply.tool_calls)
+    said = reply.text + (json.dumps(calls, ensure_ascii=False) if calls else "")
+    wanted = "" if not form else "It has to be one JSON object and nothing else.\n\n" \
+        if schema_of(form) is None else "It has to be JSON of this schema:\n%s\n\n" \
+        % json.dumps(schema_of(form), ensure_ascii=False)
+    prompt = MEND_PROMPT.format(tag=run.tag, fault=fault, form=wanted,
+                                reply=untagged(clip(said, 100_000), run.tag))
+    again, left = reply, fault
+    try:
+        if not reply.cut:
+            again = write(config, writer, list(messages) + [user(prompt)], run, "synth", params,
+                          False)
+            left = reply_fault(again, params)
+    except (CallError, LimitError) as error:
+        run.check()
+        left = error.message
+    if left is None:
+        run.degrade("reply_repaired", "synth", writer.name, fault)
+        return again._replace(text=reply.text) if run.choice in run.shown else again
+    run.degrade("reply_invalid", "synth", writer.name, left)
+    good = tuple(call for call in reply.tool_calls if call_fault(call, params) is None)
+    if not reply.text.strip() and not good:
+        raise CallError("made no valid tool call: %s" % left, kind="empty", accepted=True)
+    return settled(reply._replace(tool_calls=good), params)
 
 
 def stand_in(drafts, analysis):
@@ -3936,7 +4272,7 @@ def refine(config, writer, messages, analysis, reply, run, params):
     try:
         better = write(config, writer, list(messages) + [user(prompt)], run, "refine", params,
                        False)
-        worse = worse_than(reply, better)
+        worse = worse_than(reply, better) or reply_fault(better, params)
     except (CallError, LimitError) as error:
         run.check()
         worse = error.message
@@ -3996,7 +4332,12 @@ def vote(drafts):
 
 
 def depth_of(config, messages, params):
-    """Return (mode, reason): auto sends what is trivial to the synthesizer alone."""
+    """Return (mode, reason): auto sends what is trivial to the synthesizer alone.
+
+    The panel runs once per turn of the user: on tool results the synthesizer goes on alone.
+    """
+    if config.mode != "solo" and messages[-1].get("role") == "tool":
+        return "tool_loop", "tool results came in"
     if config.mode != "auto":
         return config.mode, ""
     cap = params.get("max_completion_tokens") or params.get("max_tokens")
@@ -4028,26 +4369,115 @@ def fuse(config, messages, run, params=None):
     if not replaying:
         require_keys(all_members(config))
     run.seed = seed_of(messages, params)
-    config, why = planned(config, messages, run, params, replaying)
-    drafts, analysis, reply, author = (), None, None, ""
+    run.offered = params.get("tools")
+    choices = params.pop("n", None) or 1
+    config, why = planned(config, messages, run, params, replaying, choices)
+    drafts, analysis, replies, author = (), None, (), ""
+    if config.mode == "tool_loop":
+        drafts, analysis = advice_for(config, messages, run)
     if config.mode == "fuse":
         with run.timed("panel"):
             drafts = gather(config, messages, run)
-        reply, author = without_judge(config, drafts, run)
-        if reply is None:
+        replies, author = without_judge(config, drafts, run, choices)
+        if not replies:
             with run.timed("judge"):
                 analysis = judge(config, messages, drafts, run)
             run.emit("analysis", analysis=public_analysis(analysis, drafts))
-    if reply is None:
+            if run.offered and run.advice is not None:
+                run.advice.keep(advice_key(config, messages, run), drafts, analysis)
+    if not replies:
         with run.timed("synth"):
-            reply, author = synthesize(config, messages, drafts, analysis, run, params)
-        if config.refine and not reply.tool_calls:
-            writer = next((member for member in config.synthesizer if member.name == author),
-                          config.writer)
+            written = each_choice(run, choices, lambda view, index: synthesize(
+                config, messages, drafts, analysis, view, varied(params, index)))
+        if config.refine:
             with run.timed("refine"):
-                better = refine(config, writer, messages, analysis, reply, run, params)
-            reply, author = better, author if better is reply else writer.name
-    return finished(config, run, reply, author, drafts, analysis, why)
+                written = each_choice(run, choices, lambda view, index: refined(
+                    config, messages, analysis, written[index], view, varied(params, index)))
+        replies, author = tuple(reply for reply, _ in written), written[0][1]
+    return finished(config, run, replies, author, drafts, analysis, why)
+
+
+def each_choice(run, count, work):
+    """Return [work(run, index)] for each choice of the answer; side by side if it is several."""
+    if count == 1:
+        return [work(run, 0)]
+    cancel = Cancel(run.cancel)
+    jobs = [spawn(work, run.branch(cancel=cancel, choice=index, seat=index), index)
+            for index in range(count)]
+    try:
+        left = set(jobs)
+        while left:
+            for job in wait_for(left, SLICE_S):
+                left.discard(job)
+                job.result()
+        return [job.result() for job in jobs]
+    finally:
+        cancel.set("another choice failed")
+        cancel.close()
+
+
+def varied(params, index):
+    """Return the parameters of one choice: with a seed of its own, where the client gave one."""
+    if index and params.get("seed") is not None:
+        return dict(params, seed=params["seed"] + index)
+    return params
+
+
+def refined(config, messages, analysis, written, run, params):
+    """Return (Reply, author) after the checklist pass; tool calls have nothing to check."""
+    reply, author = written
+    if reply.tool_calls:
+        return written
+    writer = next((member for member in config.synthesizer if member.name == author),
+                  config.writer)
+    better = refine(config, writer, messages, analysis, reply, run, params)
+    return better, author if better is reply else writer.name
+
+
+class Advice:
+    """What panels said, for the tool turns that follow; the newest within ADVICE_BYTES.
+
+    It only saves money: without it, the synthesizer acts alone on a tool turn.
+    """
+
+    def __init__(self):
+        self.lock = threading.Lock()
+        self.known = collections.OrderedDict()
+        self.size = 0
+
+    def find(self, key):
+        """Return (drafts, analysis), or None."""
+        with self.lock:
+            if key in self.known:
+                self.known.move_to_end(key)
+            return self.known.get(key, (None,))[0]
+
+    def keep(self, key, drafts, analysis):
+        """Keep what a panel said; the oldest gives way."""
+        size = len(repr((drafts, analysis))) + 1000
+        with self.lock:
+            self.size += size - self.known.pop(key, (None, 0))[1]
+            self.known[key] = ((drafts, analysis), size)
+            while self.size > ADVICE_BYTES:
+                self.size -= self.known.popitem(last=False)[1][1]
+
+
+def advice_key(config, messages, run):
+    """Return what a panel's advice is known by: the owner, the turn of the user, the panel."""
+    import hashlib
+    last = max((index for index, message in enumerate(messages)
+                if message.get("role") == "user"), default=-1)
+    said = json.dumps([run.owner, messages[:last + 1], config.source, config.layers,
+                       [slot.name for slot in panel_slots(config)]], sort_keys=True)
+    return hashlib.sha256(said.encode()).digest()
+
+
+def advice_for(config, messages, run):
+    """Return (drafts, analysis) of the panel in this turn of the user; ((), None) if unknown."""
+    found = run.advice.find(advice_key(config, messages, run)) if run.advice is not None else None
+    if found is None:
+        run.degrade("advice_missing", "panel", "", "the writer goes on alone")
+    return found or ((), None)
 
 
 def check_request(messages, params):
@@ -4064,7 +4494,7 @@ def check_request(messages, params):
                          param=wrong.where())
 
 
-def planned(config, messages, run, params, replaying):
+def planned(config, messages, run, params, replaying, choices):
     """Return (config, reason of the mode): auto decided, and cut down to the budget."""
     if run.tape is not None and run.tape.panel and not config.panel:
         config = with_panel(config, config.backend, run.tape.panel)
@@ -4073,16 +4503,14 @@ def planned(config, messages, run, params, replaying):
         if run.tape is not None:
             run.tape.write(run, {"panel": [member.model for member in config.panel]})
     bound_calls(config)
+    if all(map(run.network.resting, list(config.panel) + list(config.spares))) and not replaying:
+        run.network.admit(config.panel[0])
     mode, why = depth_of(config, messages, params)
     config = dataclasses.replace(config, mode=mode)
-    cap = params.get("max_completion_tokens") or params.get("max_tokens") or \
-        config.writer.max_tokens or config.max_tokens
-    extra = [{"content": params[name]} for name in ("tools", "response_format")
-             if params.get(name)]
     ceiling = run.ledger.ceiling
     left = None if ceiling is None or replaying else ceiling - run.ledger.committed()
-    config, cuts = within_budget(config, list(messages) + extra, cap * (params.get("n") or 1),
-                                 left, run.network.price)
+    read, cap = to_estimate(messages, params)
+    config, cuts = within_budget(config, read, cap, left, run.network.price, choices)
     for cut in cuts:
         run.degrade("budget_cut", "plan", "", cut)
     run.emit("start", mode=config.mode, reason=why, layers=config.layers,
@@ -4091,27 +4519,37 @@ def planned(config, messages, run, params, replaying):
     return config, why
 
 
-def without_judge(config, drafts, run):
-    """Return (Reply, author) where no judge is needed: all refused, or a vote was won."""
-    chosen = drafts[0] if not drafts[0].slots else vote(drafts) if config.vote else None
+def to_estimate(messages, params):
+    """Return (what a model reads, the client's cap of an answer or None), for an estimate."""
+    extra = [{"content": params[name]} for name in ("tools", "response_format")
+             if params.get(name)]
+    return list(messages) + extra, params.get("max_completion_tokens") or params.get("max_tokens")
+
+
+def without_judge(config, drafts, run, choices):
+    """Return (replies, author) where no judge is needed: all refused, or a vote was won."""
+    voting = config.vote and not run.offered
+    chosen = drafts[0] if not drafts[0].slots else vote(drafts) if voting else None
     if chosen is None:
-        return None, ""
+        return (), ""
     reply = Reply(chosen.text, usage=chosen.usage, refusal=not chosen.slots,
                   finish="length" if chosen.cut else "stop")
-    return reply, chosen.names[0] if chosen.slots else ""
+    return (reply,) * choices, chosen.names[0] if chosen.slots else ""
 
 
-def finished(config, run, reply, author, drafts, analysis, why):
+def finished(config, run, replies, author, drafts, analysis, why):
     """Return the Result with its receipt, and tell the listener that the run is over."""
     receipt = receipt_of(config, run, author, drafts, analysis, why)
-    if not run.shown:
-        run.emit("answer", text=reply.text)
+    for index, reply in enumerate(replies):
+        if index not in run.shown and reply.text:
+            run.emit("answer", text=reply.text, reasoning="", choice=index)
     run.emit("end", receipt=receipt)
     usage = add_up(run.ledger.records).usage
-    if config.usage_scope == "answer":
+    scope = "answer" if run.offered and "usage_scope" not in config.origins else config.usage_scope
+    if scope == "answer":  # an agent's context meter counts the conversation, not the panel
         written = [record for record in run.ledger.records if record.role in ("synth", "refine")]
-        usage = add_up(written).usage if written else reply.usage
-    return Result(reply, drafts, usage, receipt)
+        usage = add_up(written).usage if written else replies[0].usage
+    return Result(replies, drafts, usage, receipt)
 
 
 def receipt_of(config, run, author, drafts, analysis, why):
@@ -4120,7 +4558,8 @@ def receipt_of(config, run, author, drafts, analysis, why):
     spending = add_up(records)
     roles = {record.role for record in records}
     voted = config.vote and author and config.mode == "fuse" and "synth" not in roles
-    answered = sorted((slot for draft in drafts for slot in draft.slots), key=lambda slot: slot[0])
+    answered = sorted((slot for draft in drafts for slot in draft.slots
+                       if config.mode == "fuse"), key=lambda slot: slot[0])
     asked = panel_slots(config) if config.mode == "fuse" else []
     timing = dict(dict.fromkeys(("panel", "judge", "synth", "refine"), 0.0), **run.timing)
     timing["total"] = run.clock() - run.started
@@ -4171,11 +4610,62 @@ def fake_answer(body):
         return answer.group(2) + "\n(The fake backend has refined this.)"
     asked = [message for message in messages if message.get("role") == "user"]
     asked = asked[:-1] if drafts else asked
+    form = body.get("response_format")
+    if isinstance(form, dict) and form.get("type") == "json_schema":
+        schema = form["json_schema"]["schema"]
+        return json.dumps(fake_value(schema, schema, "[fake]"))
+    if isinstance(form, dict) and form.get("type") == "json_object":
+        return json.dumps({"fake": True, "drafts": len(drafts)})
+    said = messages[:-1] if drafts else messages
+    if said and said[-1].get("role") == "tool":
+        return "[fake] No model was asked. The tool said: %s" % clip(
+            fold(part_text(said[-1].get("content"))), 500)
     question = clip(fold(part_text(asked[-1].get("content"))) if asked else "", 200)
     if drafts and "Now write the answer" in last:
         found = FENCED_ANALYSIS.search(last)
         return fake_synthesis(body, question, drafts, json.loads(found.group(2)) if found else None)
     return fake_draft(body, question, drafts)
+
+
+def fake_value(schema, root, word, depth=0):
+    """Return a value that keeps to a JSON schema; its texts are `word`, where they are free."""
+    schema = resolved(schema, root)
+    if not isinstance(schema, dict) or depth > 20:
+        return word
+    for key in ("anyOf", "oneOf", "allOf"):
+        if schema.get(key):
+            return fake_value(schema[key][0], root, word, depth + 1)
+    if schema.get("enum") or "const" in schema:
+        return schema["enum"][0] if schema.get("enum") else schema["const"]
+    kind = schema.get("type")
+    kind = kind[0] if isinstance(kind, list) else kind
+    if kind == "object" or "properties" in schema:
+        parts = schema.get("properties", {})
+        return {name: fake_value(parts.get(name, {}), root, word, depth + 1)
+                for name in schema.get("required", parts)}
+    if kind == "array":
+        return [fake_value(schema.get("items", {}), root, word, depth + 1)] * max(
+            1, schema.get("minItems", 1))
+    if kind in ("integer", "number"):
+        return max(schema.get("minimum", 1), min(1, schema.get("maximum", 1)))
+    return {"boolean": True, "null": None}.get(kind, word)
+
+
+def fake_calls(body):
+    """Return the tool call that a fake writer makes: of the first tool, once a user turn."""
+    choice, tools = body.get("tool_choice"), body.get("tools") or []
+    last = body["messages"][-1]
+    if choice == "none" or not tools or last.get("role") == "tool" or \
+            FENCED_ANSWER.search(part_text(last.get("content"))) or \
+            "latest tool results" in part_text(last.get("content")):
+        return []
+    wanted = choice["function"]["name"] if isinstance(choice, dict) else None
+    tool = next((tool["function"] for tool in tools
+                 if wanted in (None, tool["function"]["name"])), tools[0]["function"])
+    schema = tool.get("parameters") or {}
+    arguments = fake_value(schema, schema, "fake") if schema.get("properties") else {}
+    return [{"id": new_id("call-"), "type": "function", "function": {
+        "name": tool["name"], "arguments": json.dumps(arguments)}}]
 
 
 def fake_draft(body, question, drafts):
@@ -4237,15 +4727,17 @@ def fake_synthesis(body, question, drafts, analysis):
 
 
 def fake_reply(body):
-    """Return (pieces, finish, usage) of the fake's answer to a request."""
-    text = fake_answer(body)
+    """Return (pieces, tool calls, finish, usage) of the fake's answer to a request."""
+    calls = fake_calls(body)
+    text = "" if calls else fake_answer(body)
     cap = body.get("max_tokens") or body.get("max_completion_tokens")
     cut = isinstance(cap, int) and len(text) > 4 * cap
     text = text[:4 * cap] if cut else text
     given = prompt_tokens(body["messages"], 4)
     usage = {"prompt_tokens": given, "completion_tokens": max(1, len(text) // 4),
              "total_tokens": given + max(1, len(text) // 4)}
-    return re.findall(r"\S*\s*\S*\s*\S+\s*|\s+", text), "length" if cut else "stop", usage
+    finish = "tool_calls" if calls else "length" if cut else "stop"
+    return re.findall(r"\S*\s*\S*\s*\S+\s*|\s+", text), calls, finish, usage
 
 
 def fake_get(handler):
@@ -4267,7 +4759,7 @@ def fake_post(handler):
         return
     try:
         body = json.loads(raw)
-        pieces, finish, usage = fake_reply(body)
+        pieces, calls, finish, usage = fake_reply(body)
     except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
         fake_refuse(handler, 400, "not a chat request: %s" % error)
         return
@@ -4276,14 +4768,16 @@ def fake_post(handler):
     if body.get("stream"):
         options = body.get("stream_options")
         wants_usage = isinstance(options, dict) and options.get("include_usage") is True
-        fake_stream(handler, head, pieces, finish, usage, wants_usage)
+        fake_stream(handler, head, pieces, calls, finish, usage if wants_usage else None)
         return
-    message = {"role": "assistant", "content": "".join(pieces)}
+    message = {"role": "assistant", "content": "".join(pieces) or None}
+    if calls:
+        message["tool_calls"] = calls
     fake_send(handler, dict(head, object="chat.completion", usage=usage, choices=[
         {"index": 0, "message": message, "finish_reason": finish}]))
 
 
-def fake_stream(handler, head, pieces, finish, usage, wants_usage):
+def fake_stream(handler, head, pieces, calls, finish, usage):
     """Send an answer as a stream of events, with its usage if that was asked for."""
     handler.send_response(200)
     handler.send_header("Content-Type", "text/event-stream")
@@ -4299,8 +4793,11 @@ def fake_stream(handler, head, pieces, finish, usage, wants_usage):
     for piece in pieces:
         event(choices=[{"index": 0, "delta": {"content": piece}, "finish_reason": None}])
         time.sleep(FAKE_PAUSE_S)
+    for index, call in enumerate(calls):
+        event(choices=[{"index": 0, "delta": {"tool_calls": [dict(call, index=index)]},
+                        "finish_reason": None}])
     event(choices=[{"index": 0, "delta": {}, "finish_reason": finish}])
-    if wants_usage:
+    if usage:
         event(choices=[], usage=usage)
     send(b"[DONE]")
     handler.wfile.write(b"0\r\n\r\n")
@@ -4576,8 +5073,166 @@ class Screen:
 
 
 # ---------------------------------------------------------------------------------------------
-# [11] dialects: our results as OpenAI objects
+# [11] dialects: Chat Completions and OpenRouter's forms, to and from our types
 # ---------------------------------------------------------------------------------------------
+
+class Request(NamedTuple):
+    """A request in our own terms, whatever dialect it came in.
+
+    `params` are the client's parameters for the answer, `overrides` its `fusion` block, `ignored`
+    what it asked for and cannot have; `created` is in seconds since 1970.
+    """
+
+    model: str
+    messages: list
+    params: dict
+    overrides: dict
+    ignored: tuple
+    stream: bool
+    include_usage: bool
+    created: int
+
+
+def object_value(value):
+    """Check a JSON object."""
+    return typed(value, dict, "an object")
+
+
+def stop_value(value):
+    """Check a stop text, or a list of up to 16."""
+    return value if isinstance(value, str) else list(
+        list_of(lambda item: typed(item, str, "a text"), 0, 16)(value))
+
+
+def form_value(value):
+    """Check a response_format; plain text becomes None."""
+    kind = one_of("text", "json_object", "json_schema")(object_value(value).get("type"))
+    if kind == "json_schema":
+        with inside("json_schema"):
+            object_value(object_value(value.get("json_schema")).get("schema"))
+    return None if kind == "text" else value
+
+
+def tools_value(value):
+    """Check the client's tools; kinds other than functions are left out, as unknown ones are."""
+    kept = []
+    for index, tool in enumerate(typed(value, list, "a list")):
+        with inside(index):
+            if object_value(tool).get("type") != "function":
+                continue
+            with inside("function"):
+                one_line(1, 200)(object_value(tool.get("function")).get("name"))
+            kept.append(tool)
+    return kept
+
+
+def tool_choice_value(value):
+    """Check a tool_choice: a word, or the object that names a function."""
+    if isinstance(value, str):
+        return one_of("none", "auto", "required")(value)
+    if object_value(value).get("type") == "function":
+        with inside("function"):
+            typed(object_value(value.get("function")).get("name"), str, "a name")
+        return value
+    return "auto"  # a kind of choice that only other kinds of tools know
+
+
+# What clients may ask of the answer; it goes to the synthesizer and to no one else. Other fields
+# are accepted and mean nothing here.
+ANSWER_PARAMS = {
+    "max_tokens": integer(1, 10_000_000), "max_completion_tokens": integer(1, 10_000_000),
+    "n": integer(1, 4), "temperature": number(0, 2), "top_p": number(0, 1),
+    "presence_penalty": number(-2, 2), "frequency_penalty": number(-2, 2),
+    "seed": integer(-2 ** 63, 2 ** 63 - 1), "stop": stop_value, "logprobs": flag,
+    "top_logprobs": integer(0, 20), "logit_bias": map_of(number(-100, 100)),
+    "response_format": form_value, "tools": tools_value, "tool_choice": tool_choice_value,
+    "parallel_tool_calls": flag, "reasoning_effort": one_line(1, 20),
+    "verbosity": one_line(1, 20)}
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+
+
+def message_value(message):
+    """Check one chat message: a role, and content that is a text, parts, or null."""
+    with inside("role"):
+        one_of(*ROLES)(object_value(message).get("role"))
+    content = message.get("content")
+    with inside("content"):
+        if content is not None and not isinstance(content, str):
+            for index, part in enumerate(typed(content, list, "a text, a list of parts or null")):
+                with inside(index):
+                    typed(object_value(part).get("type"), str, "a text")
+    with inside("tool_calls"):
+        calls = message.get("tool_calls")
+        for index, call in enumerate(() if calls is None else typed(calls, list, "a list")):
+            with inside(index), inside("function"):
+                function = object_value(object_value(call).get("function", {}))
+                for key in ("name", "arguments"):
+                    typed(function.get(key, ""), str, "a text")
+    return message
+
+
+def read_chat(body):
+    """Return the Request in the JSON of a Chat Completions call. Raises UsageError."""
+    params = {}
+    try:
+        object_value(body)
+        with inside("messages"):
+            list_of(message_value, 1, 100_000)(body.get("messages"))
+        for key, check in ANSWER_PARAMS.items():
+            with inside(key):
+                value = None if body.get(key) is None else check(body[key])
+            if value is not None and value != []:
+                params[key] = value
+        with inside("model"):
+            model = one_line(0, 300)(body.get("model") or "")
+        with inside("stream"):
+            stream = flag(body.get("stream") or False)
+        with inside("stream_options"):
+            options = object_value(body.get("stream_options") or {})
+        with inside("fusion"):
+            overrides = dict(object_value({} if body.get("fusion") is None else body["fusion"]))
+    except Wrong as wrong:
+        where = wrong.where()
+        raise UsageError("%s %s" % (where or "the request", wrong.reason),
+                         "see the Chat Completions API", param=where or None)
+    if not params.get("tools"):
+        for key in ("tool_choice", "parallel_tool_calls"):
+            params.pop(key, None)
+    ignored = read_openrouter(body, overrides)
+    return Request(model, body["messages"], params, overrides, tuple(ignored), stream,
+                   options.get("include_usage") is True, int(time.time()))
+
+
+def read_openrouter(body, overrides):
+    """Take OpenRouter's forms of a fusion request into the overrides; return what is ignored.
+
+    `plugins: [{"id": "fusion", ...}]` names judge and writer by `model`, the tool
+    `openrouter:fusion` the judge alone; what a `fusion` block says as well is the block's.
+    """
+    ignored = []
+    for kind in ("plugins", "tools"):
+        given = body.get(kind)
+        for item in given if isinstance(given, list) else []:
+            if not isinstance(item, dict):
+                continue
+            if kind == "plugins" and item.get("id") == "fusion":
+                found, roles = dict(item), ("judge", "synthesizer")
+            elif kind == "tools" and item.get("type") == "openrouter:fusion":
+                found, roles = dict(item.get("parameters") or {}), ("judge",)
+            else:
+                continue
+            found.pop("id", None)
+            if found.pop("enabled", True) is False:
+                overrides.setdefault("mode", "solo")
+            wanted = {"panel": found.pop("analysis_models", None),
+                      "preset": found.pop("preset", None)}
+            wanted.update(dict.fromkeys(roles, found.pop("model", None)))
+            for key, value in wanted.items():
+                if value is not None:
+                    overrides.setdefault(key, value)
+            ignored += ["%s of %s" % (key, kind) for key in found]
+    return ignored
+
 
 def usage_object(usage):
     """Return a Usage as OpenAI's usage object."""
@@ -4587,34 +5242,1130 @@ def usage_object(usage):
             "completion_tokens_details": {"reasoning_tokens": usage.reasoning}}
 
 
-def chat_completion(result, config, created):
+def receipt_object(result, options):
+    """Return the `fusion` block of a response, with the drafts or the trace if asked for."""
+    found = {key: value for key, value in result.receipt.items() if key != "tokens"}
+    if "drafts" in options.get("include", ()):
+        found["drafts"] = [{"letter": draft.letter, "models": draft.names, "cut": draft.cut,
+                            "text": draft.text} for draft in result.drafts]
+    if "trace" in options.get("include", ()):
+        found["trace"] = options["trace"]
+    return found
+
+
+def chat_completion(result, model, created, options=()):
     """Return a Result as OpenAI's chat.completion object with the receipt under `fusion`.
 
     `created` is in seconds since 1970.
     """
-    reply, receipt = result.reply, result.receipt
-    message = {"role": "assistant", "content": reply.text or None,
-               "refusal": reply.text if reply.refusal else None}
-    if reply.reasoning:
-        message["reasoning_content"] = reply.reasoning
-    if reply.tool_calls:
-        message["tool_calls"] = list(reply.tool_calls)
-    return {"id": "chatcmpl-" + receipt["request_id"][4:], "object": "chat.completion",
-            "created": created, "model": config.name,
-            "choices": [{"index": 0, "message": message, "logprobs": reply.logprobs,
-                         "finish_reason": reply.finish}],
+    choices = []
+    for index, reply in enumerate(result.replies):
+        message = {"role": "assistant", "content": reply.text or None,
+                   "refusal": reply.text if reply.refusal else None}
+        if reply.reasoning:
+            message["reasoning_content"] = reply.reasoning
+        if reply.tool_calls:
+            message["tool_calls"] = list(reply.tool_calls)
+        choices.append({"index": index, "message": message, "logprobs": reply.logprobs,
+                        "finish_reason": reply.finish})
+    return {"id": chat_id(result.receipt["request_id"]), "object": "chat.completion",
+            "created": created, "model": model, "choices": choices,
             "usage": usage_object(result.usage),
-            "fusion": {key: value for key, value in receipt.items() if key != "tokens"}}
+            "fusion": receipt_object(result, dict(options))}
+
+
+def chat_id(run_id):
+    """Return the id of a response for the id of its run."""
+    return "chatcmpl-" + run_id[len("run-"):]
+
+
+ERROR_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 
 def error_object(error, degraded=()):
     """Return a FusionError as OpenAI's error object; what degraded stands beside it."""
-    kind = "invalid_request_error" if error.status == 400 else "api_error"
+    kind = ERROR_TYPES.get(error.status, "invalid_request_error" if error.status < 499
+                           else "api_error")
     found = {"error": {"message": error.message, "type": kind, "param": error.param,
                        "code": None if error.code == kind else error.code}}
     if degraded:
         found["fusion"] = {"degraded": list(degraded)}
     return found
+
+
+def sse(payload):
+    """Return the bytes of one event of a stream that has no name.
+
+    Line separators of Unicode stand in it as escapes: some clients take them for line ends.
+    """
+    text = json.dumps(payload, ensure_ascii=False)
+    if not text.isascii():
+        for mark in "\x85\u2028\u2029":
+            text = text.replace(mark, "\\u%04x" % ord(mark))
+    return b"data: " + text.encode("utf-8", "replace") + b"\n\n"
+
+
+class ChatStream:
+    """Turns the events of a run into the bytes of a Chat Completions stream.
+
+    Every chunk has the same id and created; the receipt stands on the last one with choices. With
+    `events` (the web page asks for them) the stream holds the run's events by name as well.
+    """
+
+    def __init__(self, request, model, run_id, options):
+        self.request = request
+        self.options = options
+        self.head = {"id": chat_id(run_id), "object": "chat.completion.chunk",
+                     "created": request.created, "model": model}
+        self.choices = request.params.get("n") or 1
+        self.members = {}
+        self.stage = "panel"
+
+    def chunk(self, delta, index=0, finish=None, logprobs=None, **more):
+        """Return one chunk of one choice."""
+        usage = {"usage": None} if self.request.include_usage else {}
+        return sse(dict(self.head, choices=[{
+            "index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}],
+            **usage, **more))
+
+    def start(self):
+        """Return the first chunks: the role of each choice."""
+        return b"".join(self.chunk({"role": "assistant", "content": ""}, index)
+                        for index in range(self.choices))
+
+    def take(self, event):
+        """Return what an event adds to the stream."""
+        fields, found = event.fields, b""
+        if self.options.get("events") and event.kind not in ("start", "answer"):
+            found = b"event: fusion.%s\n" % event.kind.encode() + sse(
+                dict(fields, t=round(event.t, 3)))
+        if event.kind == "answer":
+            delta = {"content": fields["text"]} if fields["text"] else {}
+            if fields["reasoning"]:
+                delta["reasoning_content"] = fields["reasoning"]
+            return found + self.chunk(delta, fields["choice"])
+        if event.kind == "slot":
+            self.members[fields["layer"], fields["slot"]] = fields["state"]
+        elif event.kind == "stage":
+            self.stage = fields["stage"]
+        if self.options.get("progress") and event.kind in ("slot", "stage"):
+            line = "%s: %s%s\n" % (fields["model"], fields["state"], ", " + fields["reason"]
+                                   if fields.get("reason") else "")
+            found += self.chunk({"reasoning_content": line})
+        return found
+
+    def progress(self):
+        """Return how far the run is: stage, members that are through, members in all."""
+        ready = sum(state != "running" for state in self.members.values())
+        return {"stage": self.stage, "ready": ready, "members": len(self.members)}
+
+    def beat(self):
+        """Return a sign of life: a comment for people, an empty delta for clients."""
+        progress = self.progress()
+        line = ": %s, %d of %d members are through\n\n" % tuple(progress.values())
+        return line.encode() + self.chunk({"content": ""}, fusion={"progress": progress})
+
+    def end(self, result):
+        """Return what follows the text: tool calls, finish_reason, the receipt, usage, [DONE]."""
+        found = []
+        for index, reply in enumerate(result.replies):
+            for number, call in enumerate(reply.tool_calls):
+                opening = dict(call, index=number, function=dict(call["function"], arguments=""))
+                rest = {"index": number, "function": {"arguments": call["function"]["arguments"]}}
+                found += [self.chunk({"tool_calls": [opening]}, index),
+                          self.chunk({"tool_calls": [rest]}, index)]
+            last = index == len(result.replies) - 1
+            receipt = {"fusion": receipt_object(result, self.options)} if last else {}
+            delta = {"refusal": reply.text} if reply.refusal else {}
+            found.append(self.chunk(delta, index, reply.finish, reply.logprobs, **receipt))
+        if self.request.include_usage:
+            found.append(sse(dict(self.head, choices=[], usage=usage_object(result.usage))))
+        return b"".join(found) + b"data: [DONE]\n\n"
+
+    def fail(self, error, degraded):
+        """Return the end of a stream that failed: nothing in it looks complete."""
+        return sse(error_object(error, degraded)) + b"data: [DONE]\n\n"
+
+
+class Dialect(NamedTuple):
+    """How clients of one API speak: what they send, and what they get back.
+
+    `read(body)` returns the Request; `whole(result, model, created, options)` the object of an
+    answer; `stream(request, model, run id, options)` an object with start, take, beat, end and
+    fail, which return bytes; `error(error, degraded)` the object of an error.
+    """
+
+    read: Callable
+    whole: Callable
+    stream: Callable
+    error: Callable
+
+
+DIALECTS = {"/v1/chat/completions": Dialect(read_chat, chat_completion, ChatStream, error_object)}
+
+
+def model_object(name, members, config, created):
+    """Return what /v1/models says of a name: OpenAI's fields, and OpenRouter's.
+
+    `members` are all whose calls it stands for, one for each call. The context is the smallest of
+    them; prices are USD per token of `usage`, averaged over the calls, or null.
+    """
+    prices = [price_of(member, config) or (LOCAL_PRICE if member.backend.fake else None)
+              for member in members]
+    windows = [window_of(member) for member in members]
+    images = bool(members) and takes_images(members[-1])
+
+    def mean(values):
+        return "%.10f" % (sum(values) / len(values) / 1e6)
+
+    known = bool(prices) and None not in prices
+    return {
+        "id": name, "object": "model", "created": created, "owned_by": "fusion", "name": name,
+        "context_length": min(windows) if windows and None not in windows else None,
+        "architecture": {"modality": "text+image->text" if images else "text->text",
+                         "input_modalities": ["text", "image"] if images else ["text"],
+                         "output_modalities": ["text"]},
+        "pricing": {"prompt": mean([price.input for price in prices]),
+                    "completion": mean([price.output for price in prices])} if known else None,
+        "supported_parameters": sorted(ANSWER_PARAMS)}
+
+
+# ---------------------------------------------------------------------------------------------
+# [12] server: HTTP, routes, keys, limits: serve
+# ---------------------------------------------------------------------------------------------
+
+# One thread, the front, waits for all connections at once: it accepts, reads and parses, watches
+# for clients that leave, and sends heartbeats. So an idle or slow connection costs a descriptor
+# and no thread. A whole request that costs money gets a thread of its own, within `max_requests`;
+# that thread writes its answer and gives the connection back.
+
+HEAD_BYTES = 32_768         # of request line and headers
+HEAD_FIELDS = 100           # header lines
+HEAD_S = 20.0               # from the first byte of a request to the end of its head
+BODY_S = 20.0               # for a body, and beyond that a second for each BODY_RATE of it
+BODY_RATE = 16_384          # bytes a second
+KEEP_S = 75.0               # an idle connection is kept so long; proxies keep theirs 60 s
+LINGER_S = 2.0              # for a client to read the answer before a refused connection closes
+WRITE_S = 30.0              # a client that takes nothing for so long has left
+BEAT_S = 5.0                # of silence in a stream, then a heartbeat; clients allow 10 and more
+QUEUE_S = 30.0              # a request waits so long for its turn
+TICK_S = 0.25               # how often the front looks at the clock
+PIPELINE_BYTES = 1_000_000  # that a client may send ahead while its request is under way
+BUFFER_BYTES = 256_000_000  # of unfinished requests in all
+MAX_BODY = 10_000_000       # bytes of a request's body
+MAX_REQUESTS = 1000         # under way at the same time; as many again wait
+BACKLOG = 4096              # connections that the kernel holds until they are accepted
+REQUEST_LINE = re.compile(rb"([A-Z]{1,20}) (\*|/[\x21-\x7e]*) HTTP/1\.([01])")
+FIELD = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([\t\x20-\x7e\x80-\xff]*?)[ \t]*")
+ONCE = {"authorization", "content-encoding", "content-length", "content-type", "expect", "host",
+        "origin", "transfer-encoding", "x-api-key", "x-fusion-depth"}
+
+
+def refused(status, message, code, **details):
+    """Return the FusionError for a request that is refused with this status."""
+    return FusionError(message, status=status, code=code, **details)
+
+
+class Head(NamedTuple):
+    """Request line and headers: `path` without query and trailing slash, names in lower case."""
+
+    method: str
+    path: str
+    minor: int
+    headers: dict
+
+    @property
+    def keeps(self):
+        """Whether the client would use the connection again."""
+        words = self.headers.get("connection", "").lower().replace(" ", "").split(",")
+        return "close" not in words and (self.minor == 1 or "keep-alive" in words)
+
+
+def read_head(data):
+    """Return the Head in the bytes before the blank line; strictly. Raises FusionError."""
+    lines = data.split(b"\r\n")
+    start = REQUEST_LINE.fullmatch(lines[0])
+    if len(lines[0]) > 8192:
+        raise refused(414, "the request line is longer than 8192 bytes", "uri_too_long")
+    if start is None:
+        version = re.fullmatch(rb"[A-Z]+ \S+ HTTP/(?!1\.[01]$)\d+(\.\d+)?", lines[0])
+        raise refused(505 if version else 400, "the request line is not that of HTTP/1.1",
+                      "bad_request")
+    if len(lines) > HEAD_FIELDS + 1:
+        raise refused(431, "more than %d header lines" % HEAD_FIELDS, "headers_too_large")
+    headers = {}
+    for line in lines[1:]:
+        field = FIELD.fullmatch(line)
+        if field is None:
+            raise refused(400, "a header line is not valid", "bad_request")
+        name, value = field.group(1).decode().lower(), field.group(2).decode("latin-1")
+        if name in headers and name in ONCE:
+            raise refused(400, "the header %s stands there twice" % name, "bad_request")
+        headers[name] = headers[name] + ", " + value if name in headers else value
+    minor = int(start.group(3))
+    if minor and "host" not in headers:
+        raise refused(400, "there is no Host header", "bad_request")
+    path = start.group(2).decode().partition("?")[0]
+    return Head(start.group(1).decode(), path.rstrip("/") or "/", minor, headers)
+
+
+class Body:
+    """The body of a request, as its head announces it; ambiguous framing is refused."""
+
+    def __init__(self, head, most):
+        length, coding = (head.headers.get(name) for name in ("content-length",
+                                                              "transfer-encoding"))
+        self.most = most
+        self.chunked = coding is not None
+        self.data = bytearray()
+        self.want = "size"
+        self.trailer = 0
+        if self.chunked and (length is not None or not head.minor):
+            raise refused(400, "Transfer-Encoding beside Content-Length, or in HTTP/1.0",
+                          "bad_request")
+        if self.chunked and coding.lower() != "chunked":
+            raise refused(501, "the only transfer encoding here is chunked", "not_implemented")
+        if length is not None and not re.fullmatch("[0-9]{1,18}", length):
+            raise refused(400, "Content-Length is no number", "bad_request")
+        self.left = int(length or 0)
+        self.bound(self.left)
+
+    def bound(self, size):
+        if size > self.most:
+            raise refused(413, "the body is larger than %d bytes (--max-body)" % self.most,
+                          "request_too_large")
+
+    def take(self, buffer):
+        """Move what belongs to the body out of the buffer; True once it is whole."""
+        while self.chunked:
+            if self.want == "data":
+                if self.move(buffer):
+                    return False
+                self.want = "end"
+            end = buffer.find(b"\r\n", 0, 1026)
+            if end < 0:
+                if len(buffer) > 1024:
+                    raise refused(400, "a chunk's size line is too long", "bad_request")
+                return False
+            line = bytes(buffer[:end])
+            del buffer[:end + 2]
+            if self.line(line):
+                return True
+        return not self.move(buffer)
+
+    def move(self, buffer):
+        """Move up to `left` bytes into the data; returns how many are still to come."""
+        piece = buffer[:self.left]
+        self.data += piece
+        del buffer[:len(piece)]
+        self.left -= len(piece)
+        return self.left
+
+    def line(self, line):
+        """Take one line of the chunked framing; True at the end of the body."""
+        if self.want == "end":
+            if line:
+                raise refused(400, "a chunk is longer than its size", "bad_request")
+            self.want = "size"
+        elif self.want == "size":
+            size = re.fullmatch(rb"([0-9A-Fa-f]{1,8})[ \t]*(;[\t\x20-\x7e]*)?", line)
+            if size is None:
+                raise refused(400, "a chunk's size is no number", "bad_request")
+            self.left = int(size.group(1), 16)
+            self.bound(len(self.data) + self.left)
+            self.want = "data" if self.left else "trailer"
+        elif line:
+            self.trailer += len(line)
+            if self.trailer > 4096 or FIELD.fullmatch(line) is None:
+                raise refused(400, "a trailer line is not valid", "bad_request")
+        else:
+            return True
+        return False
+
+
+class Connection:
+    """One client's connection: what it sent, what it is owed, and whether it is still there.
+
+    `state` is head, body, busy (a request is under way) or linger; `since` when that began.
+    """
+
+    def __init__(self, sock, peer):
+        self.sock = sock
+        self.peer = peer
+        self.buffer = bytearray()
+        self.rest = b""
+        self.state = "head"
+        self.since = self.wrote = time.monotonic()
+        self.head = None
+        self.body = None
+        self.answer = None
+        self.gone = False
+        self.lock = threading.Lock()
+
+    def enter(self, state):
+        self.state, self.since = state, time.monotonic()
+
+    def next_request(self, server):
+        """Return (head, body) of the next request, None while more of it has to come."""
+        if self.head is None:
+            if self.buffer[:2] == b"\r\n":
+                del self.buffer[:2]  # some clients end a body with a line that nobody counts
+            end = self.buffer.find(b"\r\n\r\n", 0, HEAD_BYTES + 4)
+            if end < 0:
+                self.look_ahead()
+                return None
+            head = read_head(bytes(self.buffer[:end]))
+            del self.buffer[:end + 4]
+            self.head, self.body = head, Body(head, server.max_body)
+            server.admit(head)
+            self.enter("body")
+            if head.headers.get("expect") and not self.buffer:
+                self.write(b"HTTP/1.1 100 Continue\r\n\r\n", 0.0)
+        if not self.body.take(self.buffer):
+            return None
+        found, self.head = (self.head, bytes(self.body.data)), None
+        self.body = None
+        return found
+
+    def look_ahead(self):
+        """Refuse a head that cannot become one, before its end has come."""
+        if len(self.buffer) > HEAD_BYTES:
+            raise refused(431, "the head is larger than %d bytes" % HEAD_BYTES,
+                          "headers_too_large")
+        if re.match(rb"[^A-Z\r]", self.buffer) or re.search(rb"(?<!\r)\n", self.buffer):
+            raise refused(400, "this is not HTTP/1.1 (TLS is the reverse proxy's)", "bad_request")
+
+    def held(self):
+        """Return the bytes of an unfinished request that this connection has sent."""
+        return len(self.buffer) + (len(self.body.data) if self.body else 0)
+
+    def late(self, now):
+        """Return the error for a client that takes too long, or None."""
+        took = now - self.since
+        if self.state == "head" and took > HEAD_S and self.buffer:
+            return refused(408, "the head did not come within %g s" % HEAD_S, "request_timeout")
+        if self.state == "body" and took > BODY_S + self.held() / BODY_RATE:
+            return refused(408, "the body came too slowly", "request_timeout")
+        return None
+
+    def write(self, data, seconds=None):
+        """Send bytes, waiting up to `seconds` without progress; returns whether it worked.
+
+        From any thread. A client that takes nothing has left, and its run is cancelled.
+        """
+        with self.lock:
+            view = memoryview(self.rest + data if self.rest else data)
+            self.rest = b""
+            while view and not self.gone:
+                try:
+                    view = view[self.sock.send(view):]
+                    self.wrote = time.monotonic()
+                except (BlockingIOError, InterruptedError):
+                    if not ready(self.sock, True, WRITE_S if seconds is None else seconds):
+                        self.leave()
+                except OSError:
+                    self.leave()
+            return not self.gone
+
+    def beat(self, data):
+        """Send a heartbeat, unless the client's buffer is full or something is being sent."""
+        if self.lock.acquire(False):
+            try:
+                if not self.rest and ready(self.sock, True):
+                    self.rest = data[self.sock.send(data):]
+                    self.wrote = time.monotonic()
+            except OSError:
+                self.leave()
+            finally:
+                self.lock.release()
+
+    def leave(self):
+        """Note that the client has left; what was being done for it ends."""
+        self.gone = True
+        run = self.answer and self.answer.run
+        if run:
+            run.cancel.set("the client left")
+
+
+class Answer:
+    """What goes back for one request: a status, headers and a body, whole or in pieces."""
+
+    def __init__(self, server, connection, head, body=b""):
+        self.server = server
+        self.connection = connection
+        self.head = head
+        self.body = body
+        self.id = new_id("req-")
+        self.started = time.monotonic()
+        self.status = 0
+        self.size = 0
+        self.run = None
+        self.stream = None
+        self.note = {}
+        self.paid = False
+        self.close = head is None or not head.keeps
+
+    def headers(self, status, fields):
+        """Return the bytes of the status line and the headers."""
+        from http import HTTPStatus
+        self.status = status
+        self.close = self.close or self.server.draining
+        lines = ["HTTP/1.1 %d %s" % (status, HTTPStatus(status).phrase), "x-request-id: " + self.id,
+                 time.strftime("date: %a, %d %b %Y %H:%M:%S GMT", time.gmtime())]
+        lines += ["%s: %s" % pair for pair in fields]
+        lines += ["%s: %s" % pair for pair in self.server.cors(self.head)]
+        if self.close:
+            lines.append("connection: close")
+        elif not self.head.minor:
+            lines.append("connection: keep-alive")
+        return "\r\n".join(lines + ["", ""]).encode("latin-1", "replace")
+
+    def send(self, status, payload, *fields):
+        """Send a whole answer: an object as JSON, text as it is."""
+        text = isinstance(payload, str)
+        data = payload.encode() if text else json.dumps(payload).encode()
+        kind = "text/plain; charset=utf-8" if text else "application/json"
+        fields = (("content-type", kind),) * (status != 204) + fields
+        if status != 204:
+            fields += (("content-length", len(data)),)
+        bare = self.head is not None and self.head.method == "HEAD" or status == 204
+        self.write(self.headers(status, fields) + (b"" if bare else data))
+
+    def begin(self):
+        """Send the headers of a stream, and its first piece."""
+        fields = [("content-type", "text/event-stream; charset=utf-8"),
+                  ("cache-control", "no-cache"), ("x-accel-buffering", "no")]
+        if self.head.minor:
+            fields.append(("transfer-encoding", "chunked"))
+        else:
+            self.close = True  # HTTP/1.0 knows no chunks; the end of the connection is the end
+        self.write(self.headers(200, fields) + self.framed(self.stream.start()))
+
+    def framed(self, data):
+        """Return a piece of a stream as a chunk."""
+        if not data or not self.head.minor:
+            return data
+        return b"%x\r\n%s\r\n" % (len(data), data)
+
+    def piece(self, data, last=False):
+        """Send a piece of a stream."""
+        ending = b"0\r\n\r\n" if last and self.head.minor else b""
+        if data or ending:
+            self.write(self.framed(data) + ending)
+
+    def beat(self):
+        """Send a heartbeat of a stream that has begun."""
+        self.connection.beat(self.framed(self.stream.beat()))
+
+    def write(self, data):
+        """Send bytes; within the front's own thread, without waiting for the client."""
+        self.size += len(data)
+        inline = threading.current_thread() is self.server.thread
+        self.connection.write(data, 0.0 if inline else None)
+
+    def fail(self, error, degraded=()):
+        """Send an error, in the shape that the path's dialect has."""
+        dialect = DIALECTS.get(self.head.path if self.head else "")
+        found = (dialect.error if dialect else error_object)(error, degraded)
+        again = error.status in (429, 503)
+        wait = getattr(error, "retry_after", None)
+        fields = [("x-should-retry", "true" if again else "false")]
+        if again:
+            fields.append(("retry-after", max(2, math.ceil(10 if wait is None else wait))))
+        if error.status == 401:
+            fields.append(("www-authenticate", "Bearer"))
+        fields += getattr(error, "headers", ())
+        self.send(error.status, found, *fields)
+
+
+class Counters:
+    """Numbers for /metrics, by name and labels."""
+
+    def __init__(self):
+        self.lock = threading.Lock()
+        self.values = collections.Counter()
+
+    def add(self, name, amount=1, **labels):
+        """Add to a number."""
+        with self.lock:
+            self.values[name, tuple(labels.items())] += amount
+
+    def add_run(self, run):
+        """Count the calls of a run, their tokens and dollars, and what degraded."""
+        for record in list(run.ledger.records):
+            self.add("fusion_upstream_calls_total", model=record.model, role=record.role,
+                     status=record.status)
+            for kind in ("prompt", "completion"):
+                self.add("fusion_tokens_total", getattr(record.usage, kind), model=record.model,
+                         kind=kind)
+            self.add("fusion_cost_usd_total", record.cost_usd or 0.0, model=record.model)
+        for entry in run.degraded:
+            self.add("fusion_degraded_total", code=entry["code"])
+
+    def text(self, gauges):
+        """Return everything in the text format of Prometheus."""
+        lines = []
+        for name, value in gauges.items():
+            lines += ["# TYPE %s gauge" % name, "%s %d" % (name, value)]
+        with self.lock:
+            values = sorted(self.values.items())
+        for name, group in itertools.groupby(values, lambda item: item[0][0]):
+            lines.append("# TYPE %s counter" % name)
+            for (_, labels), value in group:
+                pairs = ",".join("%s=%s" % (key, json.dumps(str(label), ensure_ascii=False))
+                                 for key, label in labels)
+                lines.append("%s{%s} %s" % (name, pairs, repr(value)))
+        return "\n".join(lines) + "\n"
+
+
+class Served(NamedTuple):
+    """What `serve` was told beside its configuration; see its --help."""
+
+    presets: dict = {}
+    any_model: bool = False
+    tokens: tuple = ()
+    hosts: tuple = ()
+    origins: tuple = ()
+    max_body: int = MAX_BODY
+    max_requests: int = MAX_REQUESTS
+    tape: Optional[Tape] = None
+
+
+class Server:
+    """The one object of a server: what it serves, who may ask, and what it counts.
+
+    `log(fields)` gets a dict for each request, `debug(error)` each defect of ours.
+    """
+
+    def __init__(self, config, served, network, log, debug=lambda error: None):
+        self.config = config
+        self.served = served
+        self.network = network
+        self.log = log
+        self.debug = debug
+        self.max_body = served.max_body
+        self.advice = Advice()
+        self.counters = Counters()
+        self.created = int(time.time())
+        self.draining = False
+        self.front = None
+        self.thread = None
+        self.bound = "127.0.0.1"
+        self.routes = {
+            "/health": {"GET": self.health}, "/metrics": {"GET": self.metrics},
+            "/v1/models": {"GET": self.models}, "/v1/estimate": {"POST": self.estimate}}
+        self.routes.update((path, {"POST": self.chat}) for path in DIALECTS)
+
+    # who may ask
+
+    def admit(self, head):
+        """Raise FusionError for a request that is refused by its head alone."""
+        self.check_origin(head)
+        if head.method == "OPTIONS" and self.served.origins:
+            return
+        methods = self.methods(head)
+        if head.path != "/health":
+            self.owner(head)
+        if methods is None:
+            raise refused(404, "there is nothing at %s; the API's base URL ends in /v1"
+                          % clip(head.path, 100), "not_found")
+        method = "GET" if head.method == "HEAD" else head.method
+        if method not in methods:
+            allow = sorted(methods) + ["HEAD"] * ("GET" in methods)
+            raise refused(405, "%s takes %s" % (clip(head.path, 100), ", ".join(allow)),
+                          "method_not_allowed", headers=[("allow", ", ".join(allow))])
+        if head.headers.get("expect", "100-continue").lower() != "100-continue":
+            raise refused(417, "the only expectation here is 100-continue", "bad_request")
+        kind = head.headers.get("content-type", "application/json").partition(";")[0].strip()
+        coding = head.headers.get("content-encoding", "identity").lower()
+        if method == "POST" and (kind.lower() != "application/json" or coding != "identity"):
+            raise refused(415, "the body has to be application/json", "unsupported_media_type")
+
+    def check_origin(self, head):
+        """Refuse what a web page of another site, or under a name of its own, would send."""
+        host = head.headers.get("host", "localhost").lower()
+        name = re.sub(r":\d*$", "", host).strip("[]")
+        plain = bool(re.fullmatch(r"[\d.]+|[0-9a-f:]*:[0-9a-f:.]*", name))
+        own = name in ("localhost", "::1") or name.startswith("127.") and plain
+        if self.bound != "::1" and not self.bound.startswith("127."):
+            own = own or plain or name == socket.gethostname().lower()
+        if not own and name not in self.served.hosts:
+            raise refused(421, "the host %s is not served here (--allow-host)" % clip(name, 100),
+                          "host_not_allowed")
+        origin = head.headers.get("origin")
+        foreign = origin is not None and origin not in ("http://" + host, "https://" + host)
+        cross = head.headers.get("sec-fetch-site") == "cross-site"
+        if (foreign or cross) and origin not in self.served.origins:
+            raise refused(403, "requests of other sites are refused (--cors ORIGIN)",
+                          "origin_not_allowed")
+
+    def owner(self, head):
+        """Return who asks, as a hash of the token; "" where no token is needed. Raises 401."""
+        if not self.served.tokens:
+            return ""
+        import hashlib
+        import hmac
+        kind, _, given = head.headers.get("authorization", "").partition(" ")
+        if kind.lower() != "bearer" or not given:
+            given = head.headers.get("x-api-key", "")
+        given = given.strip().encode("latin-1", "replace")
+        good = [hmac.compare_digest(token.encode(), given) for token in self.served.tokens]
+        if not any(good):
+            raise refused(401, "the key is not one of this server's (FUSION_SERVER_KEY)"
+                          if given else "no key was sent: Authorization: Bearer KEY",
+                          "invalid_api_key")
+        return hashlib.sha256(given).hexdigest()
+
+    def cors(self, head):
+        """Return the headers with which a browser lets an allowed origin read the answer."""
+        origin = head.headers.get("origin") if head else None
+        if origin is None or origin not in self.served.origins:
+            return []
+        found = [("access-control-allow-origin", origin), ("vary", "Origin"),
+                 ("access-control-expose-headers", "x-request-id, x-fusion-cost-usd, "
+                  "x-fusion-latency-s, retry-after, x-should-retry")]
+        if head.method == "OPTIONS":
+            asked = head.headers.get("access-control-request-headers", "")
+            found += [("access-control-allow-methods", "GET, POST, OPTIONS"),
+                      ("access-control-allow-headers", asked if re.fullmatch(
+                          r"[\w\-, ]{1,2000}", asked) else "authorization, content-type"),
+                      ("access-control-allow-private-network", "true"),
+                      ("access-control-max-age", "600")]
+        return found
+
+    # what is there
+
+    def methods(self, head):
+        """Return {method: handler} of a path, or None."""
+        if head.path.startswith("/v1/models/"):
+            return {"GET": self.models}
+        return self.routes.get(head.path)
+
+    def handle(self, answer):
+        """Answer a request, whatever happens; afterwards it is logged and counted."""
+        head = answer.head
+        try:
+            if head.method == "OPTIONS" and self.served.origins:
+                answer.send(204, "")
+            else:
+                self.methods(head)["GET" if head.method == "HEAD" else head.method](answer)
+            self.account(answer)
+        except FusionError as error:
+            self.fail(answer, error)
+        except Exception as error:  # boundary: the request; the server goes on
+            self.debug(error)
+            self.fail(answer, FusionError("an error of this server; it is logged"))
+
+    def fail(self, answer, error):
+        """Send an error: as a status, or as the end of a stream that has begun."""
+        degraded = answer.run.degraded if answer.run else ()
+        answer.note["error"] = "%s: %s" % (error.code, error.message)
+        if answer.connection.gone:
+            answer.status = answer.status or 499
+        elif not answer.status:
+            answer.fail(error, degraded)
+        else:
+            answer.close = True
+            if answer.stream:
+                answer.piece(answer.stream.fail(error, degraded), last=True)
+        self.account(answer)
+
+    def account(self, answer):
+        """Log and count a request that is over."""
+        seconds = time.monotonic() - answer.started
+        path = answer.head.path if answer.head and self.methods(answer.head) else "other"
+        self.counters.add("fusion_requests_total", path=path, status=answer.status)
+        self.counters.add("fusion_request_seconds_total", seconds, path=path)
+        if answer.run:
+            self.counters.add_run(answer.run)
+        self.log(dict({"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+                       "client": answer.connection.peer,
+                       "method": answer.head.method if answer.head else "-",
+                       "path": answer.head.path if answer.head else "-",
+                       "status": answer.status, "seconds": round(seconds, 3),
+                       "bytes": answer.size, "id": answer.id}, **answer.note))
+
+    def health(self, answer):
+        """Say that the server lives; with a token also what it serves."""
+        try:
+            self.owner(answer.head)
+        except FusionError:
+            answer.send(200, "ok\n")
+            return
+        config = self.config
+        resting = {member.name: round(self.network.resting(member), 1)
+                   for member in all_members(config) if self.network.resting(member)}
+        answer.send(200, {
+            "status": "draining" if self.draining else "ok", "version": VERSION,
+            "config": config.source, "panel": [slot.name for slot in panel_slots(config)],
+            "judge": config.judge and config.judge.name,
+            "synthesizer": [member.name for member in config.synthesizer],
+            "presets": sorted(self.served.presets), "breakers": resting,
+            "requests": self.front.running, "waiting": len(self.front.waiting)})
+
+    def metrics(self, answer):
+        """Send the counters."""
+        front = self.front
+        answer.send(200, self.counters.text({
+            "fusion_requests_running": front.running,
+            "fusion_requests_waiting": len(front.waiting),
+            "fusion_connections": len(front.connections)}))
+
+    def names(self):
+        """Return {model name: the config that answers it, or a single member}."""
+        found = {self.config.name: self.config, "openrouter/fusion": self.config}
+        found.update(("fusion/" + name, config) for name, config in self.served.presets.items())
+        for config in (self.config,) + tuple(self.served.presets.values()):
+            for member in all_members(config):
+                found.setdefault(member.name, member)
+        return found
+
+    def models(self, answer):
+        """List the models, or describe one."""
+        wanted = unquote(answer.head.path[len("/v1/models/"):])
+        listed = []
+        for name, found in self.names().items():
+            if isinstance(found, Member):
+                members = [found]
+            else:
+                members = [slot.member for slot in panel_slots(found)]
+                members += [found.judge, found.writer] if members else []
+            if name != "openrouter/fusion" or wanted == name:
+                listed.append(model_object(name, members, self.config, self.created))
+        if not wanted:
+            answer.send(200, {"object": "list", "data": listed})
+            return
+        found = [model for model in listed if model["id"] == wanted]
+        if not found:
+            raise self.no_model(wanted)
+        answer.send(200, found[0])
+
+    def no_model(self, name):
+        """Return the error for a model that is not served; it lists those that are."""
+        return refused(404, "the model %s does not exist here; there are %s" % (
+            json.dumps(clip(name, 100)), clip(", ".join(self.names()), 1000)), "model_not_found",
+            param="model")
+
+    # paid work
+
+    def read(self, answer):
+        """Return (Request, Config, options) of a call; everything in it is checked."""
+        depth = [answer.head.headers.get(name, "0") for name in (
+            "x-fusion-depth", "x-openrouter-fusion-depth")]
+        if depth != ["0", "0"]:
+            raise refused(400, "this request comes from a fusion server; a panel of panels is "
+                          "refused", "fusion_recursion")
+        try:
+            body = strict_json(answer.body.decode())
+        except ValueError as error:
+            words = reason_of(error) if isinstance(error, UnicodeDecodeError) else error
+            raise UsageError("the body is not valid JSON: %s" % clip(words, 200))
+        dialect = DIALECTS.get(answer.head.path, DIALECTS["/v1/chat/completions"])
+        request = dialect.read(body)
+        answer.note["model"] = request.model
+        request = request._replace(model=request.model or self.config.name)
+        return (request,) + self.chosen(request)
+
+    def chosen(self, request):
+        """Return (Config, options): the model's, with the request's overrides. Raises 400, 404."""
+        base = self.names().get(request.model)
+        if base is None and not self.served.any_model:
+            raise self.no_model(request.model)
+        overrides = dict(request.overrides)
+        if request.model.startswith("fusion/") and isinstance(base, Config):
+            overrides.setdefault("preset", request.model[len("fusion/"):])
+        options = {"ignored": list(request.ignored)}
+        if request.ignored and overrides.get("preset") not in self.served.presets:
+            if overrides.pop("preset", None) is not None:
+                options["ignored"].append("preset")
+        config, wanted = with_overrides(self.config, overrides, self.served.presets)
+        options.update(wanted)
+        if isinstance(base, Member):
+            config = dataclasses.replace(
+                config, mode="solo", panel=(base,), judge=base, synthesizer=(base,), spares=(),
+                refine=False, vote=False)
+        return config, options
+
+    def estimate(self, answer):
+        """Send the planned calls of a request and what they may cost; nothing is asked."""
+        request, config, _ = self.read(answer)
+        config = with_auto_panel(config, self.network)
+        params = request.params
+        check_request(request.messages, params)
+        mode, why = depth_of(config, request.messages, params)
+        plan = estimate(dataclasses.replace(config, mode=mode),
+                        *to_estimate(request.messages, params), self.network.price,
+                        params.get("n") or 1)
+        low, high = total_of(plan)
+        answer.send(200, {"object": "estimate", "model": request.model, "mode": mode,
+                          "mode_reason": why, "low_usd": low, "high_usd": high,
+                          "calls": [item._asdict() for item in plan]})
+
+    def chat(self, answer):
+        """Answer a conversation with the panel, whole or as a stream."""
+        request, config, options = self.read(answer)
+        dialect = DIALECTS[answer.head.path]
+        run = start_run(config, self.network, live=request.stream, tape=self.served.tape,
+                        advice=self.advice, owner=self.owner(answer.head))
+        answer.id, answer.run = run.id, run
+        if answer.connection.gone:  # it may have left before there was a run to cancel
+            raise Cancelled("the client left")
+        if options["ignored"]:
+            run.degrade("ignored", "request", "", ", ".join(options["ignored"]))
+        if request.stream:
+            answer.stream = dialect.stream(request, request.model, run.id, options)
+        trace = options["trace"] = []
+        traced = "trace" in options.get("include", ())
+
+        def listen(event):
+            if traced and event.kind not in ("delta", "answer", "end"):
+                trace.append(dict(event.fields, event=event.kind, t=round(event.t, 3)))
+            if not answer.stream:
+                return
+            if event.kind == "start":
+                answer.begin()
+            if answer.status:
+                answer.piece(answer.stream.take(event))
+
+        run.listener = listen
+        result = fuse(config, request.messages, run, request.params)
+        receipt = result.receipt
+        answer.note["cost_usd"] = receipt["cost_usd"]
+        if answer.stream:
+            answer.piece(answer.stream.end(result), last=True)
+            return
+        fields = [("x-fusion-latency-s", receipt["timing_s"]["total"]),
+                  ("x-litellm-total-tokens", receipt["tokens"])]
+        if receipt["cost_usd"] is not None:
+            cost = "%.10g" % receipt["cost_usd"]
+            fields += [("x-fusion-cost-usd", cost), ("x-litellm-response-cost", cost)]
+        answer.send(200, dialect.whole(result, request.model, request.created, options), *fields)
+
+
+def listen_on(host, port):
+    """Return a listening socket. Raises UsageError when the address cannot be had."""
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, port), family=family, backlog=BACKLOG)
+    except (OSError, OverflowError, UnicodeError) as error:
+        raise UsageError("cannot listen on %s port %s: %s" % (host, port, reason_of(error)),
+                         "%s serve --port 0 takes any free port" % PROGRAM)
+
+
+def raise_descriptors():
+    """Allow as many open files as the system lets us; returns how many, None if unknown."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 65_536 if hard < 0 else min(hard, 65_536)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
+    return max(soft, wanted)
+
+
+class Front:
+    """The thread that waits for all connections: reads, parses, hands out, watches the clock."""
+
+    def __init__(self, server, listener):
+        import selectors
+        self.server = server
+        self.listener = listener
+        self.connections = {}
+        self.running = 0
+        self.waiting = collections.deque()
+        self.back = collections.deque()
+        self.stopped = False
+        self.selector = selectors.DefaultSelector()
+        self.awake, self.alarm = socket.socketpair()
+        for sock in (listener, self.awake, self.alarm):
+            sock.setblocking(False)
+        self.selector.register(listener, selectors.EVENT_READ, self.accept)
+        self.selector.register(self.awake, selectors.EVENT_READ, lambda: self.awake.recv(4096))
+        self.readable = selectors.EVENT_READ
+        self.most = max(64, (raise_descriptors() or 1024) // 2)  # upstream needs some too
+        server.front = self
+        server.bound = listener.getsockname()[0]
+
+    def serve(self, watch=lambda: None):
+        """Serve until the server is drained or stopped; `watch` is called at every tick."""
+        self.server.thread = threading.current_thread()
+        due = 0.0
+        while not (self.stopped or self.server.draining and not self.connections):
+            for key, _ in self.selector.select(TICK_S):
+                key.data()
+            while self.back:
+                connection = self.back.popleft()
+                self.returned(connection)
+                self.advance(connection)
+            if time.monotonic() >= due:
+                due = time.monotonic() + TICK_S
+                watch()
+                self.tick(due)
+        self.selector.close()
+        for sock in (self.listener, self.awake, self.alarm):
+            sock.close()
+
+    def accept(self):
+        """Take all connections that wait; beyond what descriptors allow, one that idles leaves."""
+        while True:
+            if len(self.connections) >= self.most and not self.make_room():
+                time.sleep(0.01)  # all of them are at work; the others wait in the kernel
+                return
+            try:
+                sock, address = self.listener.accept()
+            except OSError:  # none waits any more, or no descriptor is left
+                return
+            sock.setblocking(False)
+            with contextlib.suppress(OSError):
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            connection = Connection(sock, address[0])
+            self.connections[sock] = connection
+            self.selector.register(sock, self.readable,
+                                   lambda connection=connection: self.read(connection))
+
+    def make_room(self):
+        """Close the connection that has been idle, or unfinished, for longest; whether one was."""
+        idle = [connection for connection in self.connections.values()
+                if connection.state != "busy"]
+        if idle:
+            self.drop(min(idle, key=lambda connection: connection.since))
+        return bool(idle)
+
+    def read(self, connection):
+        """Take what a client sends."""
+        try:
+            data = connection.sock.recv(262_144)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError:
+            data = b""
+        ahead = connection.state == "busy" and len(connection.buffer) > PIPELINE_BYTES
+        if not data or ahead:
+            connection.leave()
+            if connection.state == "busy":  # its thread is told, and gives it back
+                with contextlib.suppress(KeyError, ValueError):
+                    self.selector.unregister(connection.sock)
+            else:
+                self.drop(connection)
+        elif connection.state != "linger":
+            if connection.state == "head" and not connection.buffer:
+                connection.since = time.monotonic()
+            connection.buffer += data
+            self.advance(connection)
+
+    def advance(self, connection):
+        """Hand out the requests that are whole, one after the other."""
+        while connection.state in ("head", "body"):
+            try:
+                found = connection.next_request(self.server)
+                if found is None:
+                    return
+            except FusionError as error:
+                self.refuse(connection, error)
+                return
+            connection.enter("busy")
+            answer = connection.answer = Answer(self.server, connection, *found)
+            if found[0].method != "POST":
+                self.server.handle(answer)
+                self.returned(connection)
+            elif self.server.draining or len(self.waiting) >= self.server.served.max_requests:
+                self.overloaded(answer)
+            else:
+                self.waiting.append(answer)
+                self.start_waiting()
+
+    def start_waiting(self):
+        """Give waiting requests a thread, as long as there is room."""
+        while self.waiting and self.running < self.server.served.max_requests:
+            answer = self.waiting.popleft()
+            try:
+                spawn(self.work, answer)
+            except RuntimeError:  # the system gives us no more threads
+                self.overloaded(answer)
+                return
+            answer.paid = True
+            self.running += 1
+
+    def work(self, answer):
+        """Answer one request on its own thread."""
+        self.server.handle(answer)
+        self.back.append(answer.connection)
+        with contextlib.suppress(OSError):
+            self.alarm.send(b"x")
+
+    def returned(self, connection):
+        """Take a connection back whose request was answered."""
+        answer, connection.answer = connection.answer, None
+        if answer.paid:
+            self.running -= 1
+            self.start_waiting()
+        if connection.gone:
+            self.drop(connection)
+        elif answer.close:
+            self.linger(connection)
+        else:
+            connection.enter("head")
+
+    def overloaded(self, answer):
+        """Refuse a request since too many are under way."""
+        self.server.fail(answer, refused(
+            503, "the server is stopping" if self.server.draining else
+            "too many requests are under way", "overloaded", retry_after=10))
+        self.returned(answer.connection)
+
+    def refuse(self, connection, error):
+        """Answer what is no request that could be answered, and close."""
+        answer = connection.answer = Answer(self.server, connection, connection.head)
+        answer.close = True
+        self.server.fail(answer, error)
+        self.linger(connection)
+
+    def linger(self, connection):
+        """Close in a way that lets the client read the answer first."""
+        connection.enter("linger")
+        connection.answer = None
+        connection.buffer.clear()
+        try:
+            connection.sock.shutdown(socket.SHUT_WR)
+        except OSError:
+            self.drop(connection)
+
+    def drop(self, connection):
+        """Close a connection."""
+        with contextlib.suppress(KeyError, ValueError):
+            self.selector.unregister(connection.sock)
+        self.connections.pop(connection.sock, None)
+        connection.sock.close()
+
+    def tick(self, now):
+        """Look at the clock for every connection: deadlines, heartbeats, those that wait."""
+        if sum(connection.held() for connection in self.connections.values()) > BUFFER_BYTES:
+            self.refuse(max(self.connections.values(), key=Connection.held), refused(
+                503, "too much is being sent at once", "overloaded", retry_after=10))
+        for connection in list(self.connections.values()):
+            answer, idle = connection.answer, now - connection.since
+            error = connection.late(now)
+            if error is not None:
+                self.refuse(connection, error)
+            elif answer and answer.stream and answer.status and now - connection.wrote > BEAT_S:
+                answer.beat()
+            elif connection.state == "linger" and idle > LINGER_S or connection.state == "head" \
+                    and not connection.buffer and (idle > KEEP_S or self.server.draining):
+                self.drop(connection)
+        for answer in [answer for answer in self.waiting if answer.connection.gone
+                       or now - answer.started > QUEUE_S]:
+            self.waiting.remove(answer)
+            self.overloaded(answer)
+            self.advance(answer.connection)
+
+    def drain(self):
+        """Stop taking connections; what is under way is finished, then `serve` returns."""
+        self.server.draining = True
+        with contextlib.suppress(KeyError, ValueError):
+            self.selector.unregister(self.listener)
+        self.listener.close()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -4785,7 +6536,7 @@ def ask(args, config, network, screen):
     except FusionError as error:
         error.degraded = run.degraded
         raise
-    found = chat_completion(result, config, int(time.time()))
+    found = chat_completion(result, config.name, int(time.time()))
     remember(args, messages, result, found, screen)
     screen.interrupts.driving = False  # who waits for a reader of the answer may be interrupted
     deliver(args, result, found, screen)
@@ -4870,8 +6621,7 @@ def remember(args, messages, result, found, screen):
     """Keep the run for `show`, readable by its owner alone."""
     if args.no_history or os.environ.get("FUSION_HISTORY") == "0":
         return
-    drafts = [{"letter": draft.letter, "models": draft.names, "cut": draft.cut,
-               "text": draft.text} for draft in result.drafts]
+    drafts = receipt_object(result, {"include": ["drafts"]})["drafts"]
     path = os.path.join(state_dir(), "last.json")
     try:
         os.makedirs(state_dir(), mode=0o700, exist_ok=True)
@@ -4938,7 +6688,7 @@ def show_analysis(analysis, screen):
 
 
 # ---------------------------------------------------------------------------------------------
-# [17] cli: parser, the small commands, main
+# [17] cli: parser, serve, smoke, the small commands, main
 # ---------------------------------------------------------------------------------------------
 
 WELCOME = """\
@@ -4946,7 +6696,7 @@ fusion.py %s: a panel of language models behind one answer, in one file.
 
   python3 fusion.py ask --fake "Why is the sky blue?"   try it: no key, no network
   python3 fusion.py ask "Why is the sky blue?"          needs OPENROUTER_API_KEY or OPENAI_API_KEY
-  python3 fusion.py ask --estimate "..."                what it would cost
+  python3 fusion.py serve                               an OpenAI-compatible server
 
 %s --help lists everything; COMMAND --help starts with examples.""" % (VERSION, PROGRAM)
 
@@ -4959,6 +6709,10 @@ EXAMPLES = {
     "fake": ["fake --port 8080", "fake    (a free port, which is printed)"],
     "presets": ["presets", "presets show budget", "presets --export my-presets"],
     "models": ["models", "models --refresh"],
+    "serve": ["serve --fake", "serve --config frontier --presets budget,self",
+              "serve --port 0 --max-cost 0.25",
+              "FUSION_SERVER_KEY=secret %s serve --host 0.0.0.0" % PROGRAM],
+    "smoke": ["smoke", "smoke --live --max-cost 0.50"],
     "show": ["show", "show --drafts", "show --analysis", "show --json"],
     None: ["ask \"Why is the sky blue?\"", "ask --fake \"hello\"", "ask --help", "presets"],
 }
@@ -5012,6 +6766,34 @@ def build_parser():
     one.add_argument("--estimate", action="store_true",
                      help="print the planned calls and their price, send nothing")
     calling_options(one)
+
+    served = command("serve", "an OpenAI-compatible server")
+    served.add_argument("--host", default="127.0.0.1", metavar="H",
+                        help="the address to listen on; another than this machine needs "
+                        "FUSION_SERVER_KEY")
+    served.add_argument("--port", type=int, default=8000, metavar="N", help="0 is any free port")
+    served.add_argument("--presets", default="", metavar="A,B",
+                        help="presets that requests may choose")
+    served.add_argument("--any-model", action="store_true",
+                        help="unknown model names are answered by the panel too")
+    served.add_argument("--allow-host", action="append", default=[], metavar="NAME",
+                        help="a name under which a proxy reaches this server; may be repeated")
+    served.add_argument("--cors", action="append", default=[], metavar="ORIGIN",
+                        help="a web page's origin that may use it; may be repeated")
+    served.add_argument("--max-body", type=int, default=MAX_BODY, metavar="BYTES",
+                        help="of one request")
+    served.add_argument("--max-requests", type=int, default=MAX_REQUESTS, metavar="N",
+                        help="under way at the same time; as many again wait, others get 503")
+    served.add_argument("--log", choices=["text", "json"], default="text",
+                        help="form of the access log on stderr")
+    served.add_argument("--insecure-no-auth", action="store_true",
+                        help="listen on any address without a key")
+    calling_options(served)
+
+    smoke = command("smoke", "try every endpoint of a real server, a line a check")
+    smoke.add_argument("--live", action="store_true",
+                       help="with the configured backend, which costs money")
+    calling_options(smoke)
 
     calling_options(command("doctor", "what this installation can do, and what is wrong"))
 
@@ -5099,6 +6881,288 @@ def configured(args):
 def run_ask(args, screen):
     """The command ask."""
     return ask(args, configured(args), Network(), screen)
+
+
+def server_tokens(env):
+    """Return the bearer tokens of FUSION_SERVER_KEY. Raises UsageError if it holds none."""
+    given = env.get("FUSION_SERVER_KEY")
+    tokens = [key_value("FUSION_SERVER_KEY", token) for token in given.split(",") if token.strip()]
+    if given and not tokens:
+        raise UsageError("FUSION_SERVER_KEY is set and holds no key",
+                         "export FUSION_SERVER_KEY=..., or unset it")
+    return tuple(tokens)
+
+
+def make_server(args, config, network, log, debug=lambda error: None):
+    """Return the Server that the command line asks for. Raises UsageError."""
+    env = read_env(args.env_file)
+    tokens = server_tokens(env)
+    near = args.host in ("localhost", "::1") or re.fullmatch(r"127(\.\d+){3}", args.host)
+    if not (near or tokens or args.insecure_no_auth):
+        raise UsageError("%s can be reached by others, and no key protects the server" % args.host,
+                         "export FUSION_SERVER_KEY=..., or --insecure-no-auth")
+    if args.max_body < 1 or args.max_requests < 1:
+        raise UsageError("--max-body and --max-requests take a number from 1 on",
+                         "%s serve --help" % PROGRAM)
+    presets = {re.sub(r"\.json$", "", config.source): config}
+    backend = config.backend if config.backend.fake else None
+    for name in filter(None, map(str.strip, args.presets.split(","))):
+        presets[name] = with_flags(load_config(name, env, backend), {
+            key: value for key, value in flags_of(args).items()
+            if key in ("max_cost_usd", "timeout_s")})
+        require_keys(all_members(presets[name]))
+    tape = Tape(args.record, args.replay, config) if args.record or args.replay else None
+    return Server(config, Served(
+        presets, args.any_model, tokens, tuple(map(str.lower, args.allow_host)), tuple(args.cors),
+        args.max_body, args.max_requests, tape), network, log, debug)
+
+
+def run_serve(args, screen):
+    """The command serve: answers until it is told to stop."""
+    config, network = configured(args), Network()
+    if not args.replay:
+        require_keys(all_members(config))
+    try:
+        config = with_auto_panel(config, network)
+    except BackendError as error:  # it may come up later; every request looks again
+        screen.say("note: %s" % error.message)
+
+    def log(fields):
+        if args.log == "json":
+            screen.say(json.dumps(fields))
+        elif not args.quiet:
+            first = [str(fields.pop(key)) for key in ("time", "client", "method", "path",
+                                                      "status")]
+            screen.say(" ".join(first + ["%s=%s" % pair for pair in fields.items()]))
+
+    def debug(error):
+        screen.say("error: %s: %s; this is a defect of fusion.py"
+                   % (type(error).__name__, error), "red")
+        if args.debug:
+            import traceback
+            screen.tell("".join(traceback.format_exception(type(error), error,
+                                                           error.__traceback__)))
+
+    server = make_server(args, config, network, log, debug)
+    front = Front(server, listen_on(args.host, args.port))
+    return attend(front, server_url(front), screen, args)
+
+
+def server_url(front):
+    """Return the base URL of a server."""
+    host, port = front.listener.getsockname()[:2]
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return "http://%s:%d/v1" % ("[%s]" % host if ":" in host else host, port)
+
+
+def attend(front, url, screen, args):
+    """Say where the server is, serve, and hear the signals that end it; returns the exit code.
+
+    The first SIGTERM or Ctrl-C finishes what is under way, the second ends at once.
+    """
+    server, config, terms = front.server, front.server.config, []
+
+    def terminate(number, frame):
+        if terms:
+            os._exit(143)
+        terms.append(number)
+
+    def watch():
+        if (terms or screen.interrupts.count) and not server.draining:
+            front.drain()
+            screen.say("stopping: %s to be finished; once more to stop at once"
+                       % plural(front.running + len(front.waiting), "request"))
+
+    signal.signal(signal.SIGTERM, terminate)
+    screen.interrupts.driving = True
+    if not args.quiet:
+        panel = ", ".join(slot.name for slot in panel_slots(config)) or "what the backend lists"
+        screen.say("panel %s; judge %s; writer %s; %s key is needed" % (
+            panel, config.judge.name if config.judge else "the first", config.writer.name
+            if config.synthesizer else "the first", "a" if server.served.tokens else "no"))
+        screen.say("curl %s/chat/completions -H 'Content-Type: application/json' -d "
+                   "'{\"model\": \"%s\", \"messages\": [{\"role\": \"user\", "
+                   "\"content\": \"hello\"}]}'" % (url, config.name))
+    screen.data(json.dumps({"url": url}) if args.json else url)
+    front.serve(watch)
+    return 0 if terms else 130
+
+
+SMOKE_TOOL = {"type": "function", "function": {"name": "add", "parameters": object_schema(
+    a={"type": "integer"}, b={"type": "integer"})}}
+SMOKE_SCHEMA = object_schema(city=TEXT, people={"type": "integer"})
+
+
+class Smoke:
+    """Drives a running server over HTTP; each method named check_ is one line of the report."""
+
+    ALWAYS = ("health", "models", "estimate", "stream", "refusals", "metrics")
+
+    def __init__(self, address, model, member, key):
+        self.address = address
+        self.model = model
+        self.member = member
+        self.headers = {"Content-Type": "application/json", "Authorization": "Bearer " + key}
+
+    def call(self, method, path, body=None, wanted=200):
+        """Return (headers, text) of an answer. Raises ValueError for another status."""
+        from http.client import HTTPConnection
+        connection = HTTPConnection(*self.address, timeout=700)
+        try:
+            data = body if isinstance(body, (bytes, type(None))) else json.dumps(body).encode()
+            connection.request(method, path, data, self.headers)
+            response = connection.getresponse()
+            text = response.read().decode()
+        finally:
+            connection.close()
+        if response.status != wanted:
+            raise ValueError("%s %s answered %d, not %d: %s" % (
+                method, path, response.status, wanted, clip(fold(text), 200)))
+        return response.headers, text
+
+    def ask(self, question, **fields):
+        """Return the response object of a chat."""
+        body = dict({"model": self.model, "messages": [user(question)]}, **fields)
+        return json.loads(self.call("POST", "/v1/chat/completions", body)[1])
+
+    def events(self, **fields):
+        """Return the chunks of a streamed chat, which has to end as streams do."""
+        body = dict({"model": self.model, "stream": True}, **fields)
+        headers, text = self.call("POST", "/v1/chat/completions", body)
+        lines = [line[6:] for line in text.split("\n") if line.startswith("data: ")]
+        self.expect(headers["Content-Type"].startswith("text/event-stream"), "an event stream")
+        self.expect(lines and lines.pop() == "[DONE]", "[DONE] at the end")
+        chunks = [json.loads(line) for line in lines]
+        self.expect(not any("error" in chunk for chunk in chunks), "no error: %s" % lines[-1:])
+        self.expect(len({chunk["id"] for chunk in chunks}) == 1, "one id in all chunks")
+        return chunks
+
+    @staticmethod
+    def expect(good, what):
+        if not good:
+            raise ValueError("expected " + what)
+
+    def check_health(self):
+        """GET /health says that it is well."""
+        self.expect(json.loads(self.call("GET", "/health")[1])["status"] == "ok", "status ok")
+
+    def check_models(self):
+        """GET /v1/models lists the panel and its members, GET /v1/models/ID describes one."""
+        names = [model["id"] for model in json.loads(self.call("GET", "/v1/models")[1])["data"]]
+        self.expect(self.model in names and self.member in names, "the panel and its members")
+        one = json.loads(self.call("GET", "/v1/models/" + self.member)[1])
+        self.expect(one["id"] == self.member, "the model that was asked for")
+
+    def check_estimate(self):
+        """POST /v1/estimate names the planned calls."""
+        found = json.loads(self.call("POST", "/v1/estimate", {
+            "model": self.model, "messages": [user("hello")]})[1])
+        roles = {call["role"] for call in found["calls"]}
+        self.expect("synth" in roles and "low_usd" in found, "planned calls")
+
+    def check_chat(self):
+        """POST /v1/chat/completions answers whole, with a receipt and its headers."""
+        headers, text = self.call("POST", "/v1/chat/completions", {
+            "model": self.model, "messages": [user("What is a receipt?")]})
+        receipt = json.loads(text)["fusion"]
+        self.expect(json.loads(text)["choices"][0]["message"]["content"], "an answer")
+        self.expect(receipt["panel_succeeded"] == receipt["panel_models"], "the whole panel")
+        self.expect(receipt["degraded"] == [], "no degradation: %s" % receipt["degraded"])
+        self.expect(receipt["analysis"] and receipt["judge"], "an analysis")
+        self.expect(headers["x-request-id"] == receipt["request_id"], "one request id")
+        self.expect(float(headers["x-fusion-cost-usd"]) >= 0, "the cost as a header")
+
+    def check_stream(self):
+        """The same as a stream: role first, text in pieces, receipt last, then usage, [DONE]."""
+        chunks = self.events(messages=[user("Say hello.")],
+                             stream_options={"include_usage": True})
+        self.expect(chunks.pop()["usage"]["total_tokens"] > 0, "usage")
+        deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
+        self.expect(deltas[0]["role"] == "assistant", "the role first")
+        self.expect("".join(delta.get("content") or "" for delta in deltas), "an answer")
+        self.expect(chunks[-1]["choices"][0]["finish_reason"] and chunks[-1]["fusion"],
+                    "finish_reason and receipt on the last chunk")
+
+    def check_tools(self):
+        """A tool call, streamed, then its result: the panel runs once."""
+        messages = [user("Add one and one.")]
+        deltas = [chunk["choices"][0]["delta"] for chunk in self.events(
+            messages=messages, tools=[SMOKE_TOOL])]
+        parts = [call for delta in deltas for call in delta.get("tool_calls", [])]
+        self.expect(parts and parts[0]["function"]["name"] == "add", "a call of the tool")
+        arguments = "".join(part["function"]["arguments"] for part in parts)
+        call = dict(parts[0], function={"name": "add", "arguments": arguments})
+        self.expect(set(json.loads(arguments)) == {"a", "b"}, "its arguments")
+        messages += [{"role": "assistant", "content": None, "tool_calls": [call]},
+                     {"role": "tool", "tool_call_id": call["id"], "content": "it is two"}]
+        found = self.ask("", messages=messages, tools=[SMOKE_TOOL])
+        self.expect("it is two" in found["choices"][0]["message"]["content"], "the tool's result")
+        self.expect(found["fusion"]["mode"] == "tool_loop" and not found["fusion"]["degraded"],
+                    "the advice of the first turn")
+
+    def check_form(self):
+        """An answer that keeps to a JSON schema."""
+        found = self.ask("A city?", response_format={"type": "json_schema", "json_schema": {
+            "name": "city", "schema": SMOKE_SCHEMA}})
+        value = json.loads(found["choices"][0]["message"]["content"])
+        self.expect(schema_fault(value, SMOKE_SCHEMA, SMOKE_SCHEMA, "") is None, "the schema")
+
+    def check_member(self):
+        """A member's name asks that model alone; with n = 2, twice."""
+        found = self.ask("Hello?", model=self.member, n=2)
+        self.expect([call["model"] for call in found["fusion"]["cost_breakdown"]]
+                    == 2 * [self.member], "two calls, of %s" % self.member)
+        self.expect([choice["index"] for choice in found["choices"]] == [0, 1], "two choices")
+
+    def check_refusals(self):
+        """What can never work is refused in OpenAI's shape."""
+        chat = {"model": self.model, "messages": [user("hello")]}
+        for method, path, body, wanted in (
+                ("POST", "/v1/chat/completions", b"{", 400),
+                ("POST", "/v1/chat/completions", dict(chat, fusion={"api_key": "x"}), 400),
+                ("POST", "/v1/chat/completions", dict(chat, model="no/such"), 404),
+                ("GET", "/v1/chat/completions", None, 405), ("GET", "/nothing", None, 404)):
+            error = json.loads(self.call(method, path, body, wanted)[1])["error"]
+            self.expect(set(error) == {"message", "type", "param", "code"}, "OpenAI's shape")
+
+    def check_metrics(self):
+        """GET /metrics counts what was asked."""
+        text = self.call("GET", "/metrics")[1]
+        self.expect("fusion_requests_total{" in text, "counted requests")
+
+
+def run_smoke(args, screen):
+    """The command smoke: a real server on a free port, every endpoint, a line a check."""
+    args.fake = not args.live
+    config, network = configured(args), Network()
+    require_keys(all_members(config))
+    config = with_auto_panel(config, network)
+    served = build_parser().parse_args(["serve", "--port", "0"])
+    server = make_server(served, config, network, lambda fields: None)
+    front = Front(server, listen_on("127.0.0.1", 0))
+    spawn(front.serve)
+    smoke = Smoke(front.listener.getsockname()[:2], config.name, config.panel[0].name,
+                  (server.served.tokens or ("none",))[0])
+    failures, rows = 0, []
+    for name in [name for name in dir(smoke) if name.startswith("check_")]:
+        name = name[len("check_"):]
+        if args.live and name not in Smoke.ALWAYS:
+            continue
+        check, start = getattr(smoke, "check_" + name), time.monotonic()
+        try:
+            check()
+            state, detail = "ok", fold(check.__doc__)
+        except Exception as error:  # boundary: one check; the others are made all the same
+            state, detail = "fail", "%s: %s" % (type(error).__name__, error)
+            failures += 1
+        rows.append({"state": state, "what": name, "detail": detail,
+                     "seconds": round(time.monotonic() - start, 2)})
+        if not args.json:
+            screen.data(clean_line("%-4s  %-9s  %5.2f s  %s" % (
+                state, name, rows[-1]["seconds"], detail)))
+    if args.json:
+        screen.data(json.dumps({"ok": not failures, "checks": rows}, indent=2))
+    return 1 if failures else 0
 
 
 def run_fake(args, screen):
@@ -5315,7 +7379,7 @@ def run_doctor(args, screen):
 
 
 COMMANDS = {"ask": run_ask, "doctor": run_doctor, "fake": run_fake, "presets": run_presets,
-            "models": run_models, "show": show}
+            "models": run_models, "serve": run_serve, "show": show, "smoke": run_smoke}
 
 
 def parse(argv):

@@ -454,7 +454,7 @@ def test_an_answer_is_openais_object(fusion, tmp_path, reply, finish, content):
         run = fusion.start_run(config, network)
         params = {"tools": OFFERED} if reply.tool_calls else {}
         result = fusion.fuse(config, [{"role": "user", "content": "hello there"}], run, params)
-        found = fusion.chat_completion(result, config, 1700000000)
+        found = fusion.chat_completion(result, config.name, 1700000000)
         network.close()
     check_completion(found)
     choice = found["choices"][0]
