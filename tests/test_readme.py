@@ -3,10 +3,12 @@ import json
 import os
 import re
 import shlex
+import subprocess
+import sys
 
 import pytest
 
-from conftest import FUSION_PY, run_fusion
+from conftest import FUSION_PY, clean_environment, run_fusion
 
 README = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "README.md")
 REWRITE = os.environ.get("REWRITE_README") == "1"
@@ -72,6 +74,22 @@ def commands():
                 yield line
 
 
+def serve_and_stop(args, home):
+    """Runs a serve command on a free port of this machine until it says where it is."""
+    env = dict(clean_environment(home), FUSION_SERVER_KEY="a-key", OPENROUTER_API_KEY="sk-none")
+    args = [arg.replace("0.0.0.0", "127.0.0.1") for arg in args] + ["--port", "0", "--fake"]
+    with subprocess.Popen([sys.executable, str(FUSION_PY)] + args, env=env, cwd=str(home),
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            url = process.stdout.readline()
+            process.terminate()
+            assert process.wait(20) == 0
+        finally:
+            process.kill()
+        assert re.fullmatch(r"http://127\.0\.0\.1:\d+/v1\n", url)
+        assert "Traceback" not in process.stderr.read()
+
+
 @pytest.mark.parametrize("line", sorted(set(commands())))
 def test_the_command_runs_on_the_fake_backend(line, tmp_path):
     (tmp_path / "notes.txt").write_text("some notes")
@@ -80,6 +98,9 @@ def test_the_command_runs_on_the_fake_backend(line, tmp_path):
     args = words[words.index("fusion.py") + 1:]
     if args[0] in ("ask", "doctor") and "--fake" not in args:
         args.insert(1, "--fake")
+    if args[0] == "serve":
+        serve_and_stop(args, tmp_path)
+        return
     if "--replay" in args:
         run_fusion("ask", "--fake", "--record", "calls.jsonl", "...", cwd=str(tmp_path))
     if args[0] == "show":
