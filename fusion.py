@@ -2542,7 +2542,8 @@ def status_error(backend, status, message, code=None, param=None, **details):
     kind, hint, retryable = classify(status, "%s %s" % (code, message))
     if kind == "auth":
         hint = "check %s" % (backend.key_name or "the key of %s" % backend.host)
-    told = TOLD.get(kind, (CallError.status, CallError.code))
+    told = TOLD.get(kind) if status >= 400 else None
+    told = told or (CallError.status, CallError.code)
     return CallError("%s: %s" % (status, message), hint, kind=kind, retryable=retryable,
                      upstream_status=status, upstream_param=param, status=told[0], code=told[1],
                      **details)
@@ -3714,11 +3715,15 @@ def panel_failed(failures, out_of_time):
     words = "; ".join("%s: %s" % (", ".join(names), reason) for reason, names in reasons.items())
     limits = [error for _, error in failures if isinstance(error, LimitError)]
     kind = LimitError if limits and len(limits) == len(failures) else BackendError
+    told = {(error.status, error.code) for _, error in failures if hasattr(error, "kind")}
+    status, code = told.pop() if len(told) == 1 and kind is BackendError else (kind.status,
+                                                                               kind.code)
+    waits = [error.retry_after for _, error in failures if getattr(error, "retry_after", None)]
     if out_of_time:
         return LimitError("the time was over before any member answered: " + words,
                           "--timeout S gives it more seconds", status=504, code="timeout")
-    return kind("no member of the panel answered: " + words,
-                hints[0] if hints else "")
+    return kind("no member of the panel answered: " + words, hints[0] if hints else "",
+                status=status, code=code, retry_after=min(waits, default=None))
 
 
 def judge(config, messages, drafts, run):
@@ -4652,16 +4657,23 @@ def fake_value(schema, root, word, depth=0):
 
 
 def fake_calls(body):
-    """Return the tool call that a fake writer makes: of the first tool, once a user turn."""
+    """Return the tool call that a fake writer makes: the first tool that it has not called yet.
+
+    Once a result is in, it answers in words, unless a call is required.
+    """
     choice, tools = body.get("tool_choice"), body.get("tools") or []
     last = body["messages"][-1]
-    if choice == "none" or not tools or last.get("role") == "tool" or \
-            FENCED_ANSWER.search(part_text(last.get("content"))) or \
-            "latest tool results" in part_text(last.get("content")):
+    words = part_text(last.get("content"))
+    results_in = last.get("role") == "tool" or "latest tool results" in words
+    if choice == "none" or not tools or FENCED_ANSWER.search(words) or \
+            results_in and choice in (None, "auto"):
         return []
+    called = [call["function"]["name"] for message in body["messages"]
+              for call in message.get("tool_calls") or ()]
     wanted = choice["function"]["name"] if isinstance(choice, dict) else None
-    tool = next((tool["function"] for tool in tools
-                 if wanted in (None, tool["function"]["name"])), tools[0]["function"])
+    functions = [tool["function"] for tool in tools]
+    tool = next((function for function in functions if function["name"] == wanted or
+                 not wanted and function["name"] not in called), functions[-1])
     schema = tool.get("parameters") or {}
     arguments = fake_value(schema, schema, "fake") if schema.get("properties") else {}
     return [{"id": new_id("call-"), "type": "function", "function": {
@@ -5701,6 +5713,7 @@ class Answer:
         self.size = 0
         self.run = None
         self.stream = None
+        self.beating = False
         self.note = {}
         self.paid = False
         self.close = head is None or not head.keeps
@@ -5740,6 +5753,7 @@ class Answer:
         else:
             self.close = True  # HTTP/1.0 knows no chunks; the end of the connection is the end
         self.write(self.headers(200, fields) + self.framed(self.stream.start()))
+        self.beating = True
 
     def framed(self, data):
         """Return a piece of a stream as a chunk."""
@@ -5749,6 +5763,7 @@ class Answer:
 
     def piece(self, data, last=False):
         """Send a piece of a stream."""
+        self.beating = not last
         ending = b"0\r\n\r\n" if last and self.head.minor else b""
         if data or ending:
             self.write(self.framed(data) + ending)
@@ -6062,8 +6077,8 @@ class Server:
             raise UsageError("the body is not valid JSON: %s" % clip(words, 200))
         dialect = DIALECTS.get(answer.head.path, DIALECTS["/v1/chat/completions"])
         request = dialect.read(body)
-        answer.note["model"] = request.model
         request = request._replace(model=request.model or self.config.name)
+        answer.note["model"] = request.model
         return (request,) + self.chosen(request)
 
     def chosen(self, request):
@@ -6194,7 +6209,12 @@ class Front:
         due = 0.0
         while not (self.stopped or self.server.draining and not self.connections):
             for key, _ in self.selector.select(TICK_S):
-                key.data()
+                try:
+                    key.data()
+                except Exception as error:  # boundary: one connection; the others go on
+                    self.server.debug(error)
+                    if key.fileobj in self.connections:
+                        self.drop(self.connections[key.fileobj])
             while self.back:
                 connection = self.back.popleft()
                 self.returned(connection)
@@ -6349,7 +6369,7 @@ class Front:
             error = connection.late(now)
             if error is not None:
                 self.refuse(connection, error)
-            elif answer and answer.stream and answer.status and now - connection.wrote > BEAT_S:
+            elif answer and answer.beating and now - connection.wrote > BEAT_S:
                 answer.beat()
             elif connection.state == "linger" and idle > LINGER_S or connection.state == "head" \
                     and not connection.buffer and (idle > KEEP_S or self.server.draining):
@@ -6721,6 +6741,9 @@ EXAMPLES = {
 WRITE_HINT = "make room, or write elsewhere: -o FILE"
 
 
+TWICE_S = 0.5  # supervisors send one SIGTERM to a process and to its group; that counts once
+
+
 class Parser(argparse.ArgumentParser):
     """A parser whose help starts with examples and whose errors are UsageErrors."""
 
@@ -6772,6 +6795,8 @@ def build_parser():
                         help="the address to listen on; another than this machine needs "
                         "FUSION_SERVER_KEY")
     served.add_argument("--port", type=int, default=8000, metavar="N", help="0 is any free port")
+    served.add_argument("--workers", type=int, default=1, metavar="N",
+                        help="processes that share the port")
     served.add_argument("--presets", default="", metavar="A,B",
                         help="presets that requests may choose")
     served.add_argument("--any-model", action="store_true",
@@ -6919,71 +6944,156 @@ def make_server(args, config, network, log, debug=lambda error: None):
 
 def run_serve(args, screen):
     """The command serve: answers until it is told to stop."""
+    if not 1 <= args.workers <= 256:
+        raise UsageError("--workers takes a number from 1 to 256", "%s serve --help" % PROGRAM)
+    args.estimate = args.workers > 1  # checks everything without a thread, which no fork survives
     config, network = configured(args), Network()
     if not args.replay:
         require_keys(all_members(config))
+    make_server(args, config, network, None)
+    listener, lifeline = listen_on(args.host, args.port), None
+    announce(args, config, listener, screen)
+    if args.workers > 1:
+        code, lifeline = fork_workers(args.workers, listener, screen)
+        if code is not None:
+            return code
+        args.estimate = False
+        config = configured(args)
     try:
         config = with_auto_panel(config, network)
     except BackendError as error:  # it may come up later; every request looks again
         screen.say("note: %s" % error.message)
 
+    say = start_log(screen)
+
     def log(fields):
         if args.log == "json":
-            screen.say(json.dumps(fields))
+            say(json.dumps(fields))
         elif not args.quiet:
             first = [str(fields.pop(key)) for key in ("time", "client", "method", "path",
                                                       "status")]
-            screen.say(" ".join(first + ["%s=%s" % pair for pair in fields.items()]))
+            say(" ".join(first + ["%s=%s" % pair for pair in fields.items()]))
 
     def debug(error):
-        screen.say("error: %s: %s; this is a defect of fusion.py"
-                   % (type(error).__name__, error), "red")
-        if args.debug:
-            import traceback
-            screen.tell("".join(traceback.format_exception(type(error), error,
-                                                           error.__traceback__)))
+        import traceback
+        say("error: %s: %s; this is a defect of fusion.py" % (type(error).__name__, error))
+        for line in traceback.format_tb(error.__traceback__) if args.debug else ():
+            say(line)
 
-    server = make_server(args, config, network, log, debug)
-    front = Front(server, listen_on(args.host, args.port))
-    return attend(front, server_url(front), screen, args)
-
-
-def server_url(front):
-    """Return the base URL of a server."""
-    host, port = front.listener.getsockname()[:2]
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    return "http://%s:%d/v1" % ("[%s]" % host if ":" in host else host, port)
+    try:
+        return attend(Front(make_server(args, config, network, log, debug), listener), screen,
+                      lifeline)
+    finally:
+        say(None)
 
 
-def attend(front, url, screen, args):
-    """Say where the server is, serve, and hear the signals that end it; returns the exit code.
+def start_log(screen):
+    """Return say(line), which never waits: a stderr that nobody reads must not stop the server.
 
-    The first SIGTERM or Ctrl-C finishes what is under way, the second ends at once.
+    Lines that find no room are lost. say(None) waits up to a second for the rest.
     """
-    server, config, terms = front.server, front.server.config, []
+    import queue
+    lines = queue.Queue(10_000)
 
-    def terminate(number, frame):
-        if terms:
+    def write():
+        while True:
+            screen.say(lines.get())
+            lines.task_done()
+
+    def say(line):
+        with contextlib.suppress(queue.Full):
+            if line is not None:
+                lines.put_nowait(line)
+        ends = time.monotonic() + 1.0
+        while line is None and lines.unfinished_tasks and time.monotonic() < ends:
+            time.sleep(0.01)
+
+    threading.Thread(target=write, daemon=True).start()
+    return say
+
+
+def fork_workers(count, listener, screen):
+    """Return (None, lifeline) in each worker, (exit code, None) in the parent once all have left.
+
+    They share one listening socket: with SO_REUSEPORT a second server could start unseen, and
+    connections would be lost when a worker leaves. The lifeline is a pipe that ends with the
+    parent; a worker that dies is replaced, unless it dies at once.
+    """
+    if not hasattr(os, "fork"):
+        raise UsageError("--workers needs a system that can fork", "%s serve" % PROGRAM)
+    reading, writing = os.pipe()
+    started, stopping, codes = {}, [], []
+
+    def stop(number, frame=None):
+        stopping.append((number, time.monotonic()))
+        again = stopping[-1][1] - stopping[0][1] > TWICE_S
+        for worker in list(started):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(worker, signal.SIGKILL if again else signal.SIGTERM)
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
+    while True:
+        if len(started) < count and not stopping:
+            worker = os.fork()
+            if not worker:
+                os.close(writing)
+                signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it for all
+                return None, reading
+            started[worker] = time.monotonic()
+            continue
+        if not started:
+            break
+        worker, status = os.wait()
+        codes.append(os.WEXITSTATUS(status) if os.WIFEXITED(status) else 1)
+        at_once = time.monotonic() - started.pop(worker, 0.0) < 2.0
+        if not stopping:
+            screen.say("a worker ended with code %d" % codes[-1])
+            if at_once:
+                stop(signal.SIGTERM)
+    listener.close()
+    return 130 if stopping[0][0] == signal.SIGINT else max(codes), None
+
+
+def announce(args, config, listener, screen):
+    """Say who answers and where; the base URL is all that goes to stdout."""
+    host, port = listener.getsockname()[:2]
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    url = "http://%s:%d/v1" % ("[%s]" % host if ":" in host else host, port)
+    if not args.quiet:
+        panel = ", ".join(slot.name for slot in panel_slots(config)) or "what the backend lists"
+        screen.say("panel %s; judge %s; writer %s" % (
+            panel, config.judge.name if config.judge else "the first",
+            config.writer.name if config.synthesizer else "the first"))
+        screen.say("curl %s/chat/completions -H 'Content-Type: application/json' -d "
+                   "'{\"model\": \"%s\", \"messages\": [{\"role\": \"user\", "
+                   "\"content\": \"hello\"}]}'" % (url, config.name))
+    screen.data(json.dumps({"url": url}) if args.json else url)
+
+
+def attend(front, screen, lifeline):
+    """Serve, and hear what ends it; returns the exit code.
+
+    The first SIGTERM or Ctrl-C finishes what is under way, the second ends at once. A worker also
+    ends when its lifeline does.
+    """
+    terms = []
+
+    def terminate(number=None, frame=None):
+        terms.append(time.monotonic())
+        if lifeline is None and terms[-1] - terms[0] > TWICE_S:
             os._exit(143)
-        terms.append(number)
 
     def watch():
-        if (terms or screen.interrupts.count) and not server.draining:
+        if lifeline is not None and not terms and ready(lifeline):
+            terminate()
+        if (terms or screen.interrupts.count) and not front.server.draining:
             front.drain()
             screen.say("stopping: %s to be finished; once more to stop at once"
                        % plural(front.running + len(front.waiting), "request"))
 
     signal.signal(signal.SIGTERM, terminate)
     screen.interrupts.driving = True
-    if not args.quiet:
-        panel = ", ".join(slot.name for slot in panel_slots(config)) or "what the backend lists"
-        screen.say("panel %s; judge %s; writer %s; %s key is needed" % (
-            panel, config.judge.name if config.judge else "the first", config.writer.name
-            if config.synthesizer else "the first", "a" if server.served.tokens else "no"))
-        screen.say("curl %s/chat/completions -H 'Content-Type: application/json' -d "
-                   "'{\"model\": \"%s\", \"messages\": [{\"role\": \"user\", "
-                   "\"content\": \"hello\"}]}'" % (url, config.name))
-    screen.data(json.dumps({"url": url}) if args.json else url)
     front.serve(watch)
     return 0 if terms else 130
 

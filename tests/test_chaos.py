@@ -353,11 +353,23 @@ def check_answer(made, result, fault, role):
     assert (result.receipt["analysis"] is None) == ("judge_failed" in made.codes())
 
 
-def check_error(made, error, role):
+def told(fault):
+    """What a client is told when all members fail in one way: something it can act upon, or 502."""
+    name = next(name for name, other in FAULTS.items() if other is fault)
+    if name.startswith("come back") or name == "status 429":
+        return 429, "rate_limit_exceeded"
+    if name.startswith("overflow"):
+        return 400, "context_length_exceeded"
+    if name == "status 400":
+        return 400, "invalid_request_error"
+    return 502, "panel_failed"
+
+
+def check_error(made, error, fault, role):
     """All members failed: an error with each one's reason, and nobody was asked to write."""
     assert role == "all", error
     assert isinstance(error, made.fusion.BackendError)
-    assert (error.exit_code, error.status, error.code) == (3, 502, "panel_failed")
+    assert (error.exit_code, error.status, error.code) == (3,) + told(fault)
     assert all(model in error.message for model in PANEL) and error.hint
     assert set(made.calls()) == set(PANEL)
 
@@ -393,7 +405,7 @@ def test_a_fault_is_survived_and_named_and_never_an_answer(rig, fusion, fault, r
     for plain, (made, future) in enumerate([(made, made.begin()) for made in both]):
         outcome = outcome_of(future)
         if isinstance(outcome, fusion.FusionError):
-            check_error(made, outcome, role)
+            check_error(made, outcome, fault, role)
         else:
             assert role != "all" or fault.holds, "an answer was made up"
             check_answer(made, outcome, fault, role)
