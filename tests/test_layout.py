@@ -688,7 +688,7 @@ GOOD = {
         indented("def f():", *FIVE_DEEP[:4], "def g():", "if h:"),
         "def f():\n    if a:\n        b()\n" + "    elif a:\n        b()\n" * 9,
     ],
-    bad_lines: ["x = 1\n" * 7500, "x" * 100 + "\n", 'x = """\n\n"""\n'],
+    bad_lines: ["x = 1\n" * MAX_LINES, "x" * 100 + "\n", 'x = """\n\n"""\n'],
     packed_lines: ["if x:\n    y = ';'\nelse:\n    z = 1  # ;\n", "é = 1\nx = {'a': 1}\n"],
     long_main: [long_function(25, "main")],
     global_statements: ["def f():\n    x = 1\n    def g():\n        nonlocal x\n        x = 2\n"],
