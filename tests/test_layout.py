@@ -767,7 +767,7 @@ BAD = {
         indented("def f():", *FIVE_DEEP[:3], "if g:") + " " * 16 + "else:\n"
         + " " * 20 + "if h:\n" + " " * 24 + "pass\n",
     ],
-    bad_lines: ["x = 1\n" * 7501, "x" * 101 + "\n", "if x:\n\ty = 1\n", "x = 1 \n", "'''\n  \n'''",
+    bad_lines: ["x = 1\n" * (MAX_LINES + 1), "x" * 101 + "\n", "if x:\n\ty = 1\n", "x = 1 \n", "'''\n  \n'''",
                 "x = 1\r\n"],
     packed_lines: [
         "if x: y = 1\n",
