@@ -413,7 +413,8 @@ class Wrong(Exception):
 
     def where(self):
         """Return the path as `panel[1].temperature`."""
-        steps = ["[%d]" % step if isinstance(step, int) else "." + step for step in self.path]
+        steps = ["[%d]" % step if isinstance(step, int) else "." + clip(step, 60)
+                 for step in self.path]
         return "".join(steps).lstrip(".")
 
 
@@ -437,7 +438,7 @@ def number(low, high, kinds=(int, float), name="a number"):
     """Return a check for a number from low to high."""
     def check(value):
         if not low <= typed(value, kinds, name) <= high:
-            raise Wrong("must be from %g to %g, not %s" % (low, high, value))
+            raise Wrong("must be from %g to %g, not %s" % (low, high, clip(value, 60)))
         return value
     return check
 
@@ -467,7 +468,8 @@ def one_of(*choices):
     """Return a check for one of a few words."""
     def check(value):
         if value not in choices:
-            raise Wrong("must be one of %s, not %s" % (", ".join(choices), json.dumps(value)))
+            raise Wrong("must be one of %s, not %s" % (", ".join(choices), clip(json.dumps(
+                value), 60) if isinstance(value, str) else json_type(value)))
         return value
     return check
 
@@ -1367,10 +1369,11 @@ def with_overrides(config, wanted, served=None):
     return config, options
 
 
-def bound_calls(config):
+def bound_calls(config, choices=1):
     """Raise UsageError when a request, not a configuration, plans too many upstream calls."""
-    planned = len(config.panel) * config.samples * config.layers + 2 + config.refine
-    asked = any(config.origins.get(key) == "request"
+    planned = len(config.panel) * config.samples * config.layers + 1
+    planned += choices * (1 + config.refine)
+    asked = choices > 1 or any(config.origins.get(key) == "request"
                 for key in ("panel", "samples", "layers", "refine", "mode"))
     if asked and planned > MAX_CALLS and config.mode != "solo":
         raise request_error("", "plans %d upstream calls; at most %d are allowed"
@@ -1540,10 +1543,9 @@ def text_bytes(messages):
     for message in messages:
         content = message.get("content")
         if isinstance(content, list):
-            pictures = [part for part in content
-                        if isinstance(part, dict) and part.get("type") == "image_url"]
-            images += len(pictures)
-            rest = [part for part in content if part not in pictures]
+            rest = [part for part in content
+                    if not isinstance(part, dict) or part.get("type") != "image_url"]
+            images += len(content) - len(rest)
             message = dict(message, content=rest)
         size += len(json.dumps(message, ensure_ascii=False).encode("utf-8", "replace"))
     return size, images
@@ -1697,7 +1699,7 @@ def cheaper(config):
     return dataclasses.replace(config, mode="solo"), "solo"
 
 
-def within_budget(config, messages, writer_cap, left, price=price_of, choices=1):
+def within_budget(config, messages, writer_cap, left, choices=1):
     """Return (config, cuts) whose worst case fits `left` USD; left None is no ceiling.
 
     Raises LimitError when not even one call does. Unknown prices count as nothing here: such a
@@ -1705,7 +1707,7 @@ def within_budget(config, messages, writer_cap, left, price=price_of, choices=1)
     """
     cuts = []
     while left is not None:
-        plan = estimate(config, messages, writer_cap, price, choices)
+        plan = estimate(config, messages, writer_cap, choices=choices)
         high = sum(item.high or 0.0 for item in plan)
         if high <= left:
             break
@@ -2310,6 +2312,7 @@ def usage_of(value):
                  float(cost) if known else None)
 
 
+HALVES = re.compile("[\ud800-\udfff]")
 FINISHES = {"length": "length", "max_tokens": "length", "content_filter": "content_filter"}
 
 
@@ -2319,6 +2322,7 @@ class Assembler:
     def __init__(self, on_delta=None):
         self.on_delta = on_delta
         self.texts = []
+        self.half = ""  # of a surrogate pair that a backend splits over two deltas
         self.thoughts = []
         self.filter = ThinkFilter()
         self.calls = {}
@@ -2358,7 +2362,11 @@ class Assembler:
         if isinstance(delta.get("refusal"), str) and delta["refusal"]:
             self.refused = True
             self.add(delta["refusal"], "")
-        content = part_text(delta.get("content"))
+        content = self.half + part_text(delta.get("content"))
+        self.half = content[-1:] if "\ud800" <= content[-1:] < "\udc00" else ""
+        content = content[:len(content) - len(self.half)]
+        if HALVES.search(content):
+            content = content.encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass")
         if content:
             self.add(*self.filter.feed(content))
         calls = delta.get("tool_calls")
@@ -2398,8 +2406,8 @@ class Assembler:
 
     def reply(self):
         """Return the Reply. Raises CallError when what came is no answer."""
-        text, thought = self.filter.end()
-        self.add(text, thought)
+        self.add(*self.filter.feed(self.half))
+        self.add(*self.filter.end())
         answer, more = split_thinking("".join(self.texts))
         thoughts = "".join(self.thoughts) + more
         calls = tuple({"id": call["id"] or new_id("call-"), "type": "function",
@@ -3219,6 +3227,7 @@ THIN_DRAFT = 1500           # bytes a draft below which the judge reads them thr
 MIN_DRAFT = 200             # bytes that are left of a draft however small the window
 OWN_WORDS = 900             # tokens of our longest prompt without its drafts
 REFINE_KEEPS = 0.6          # of the answer's length, or the refined one is rejected
+SCHEMA_STEPS = 100_000      # parts of a schema that are held against parts of an answer
 ADVICE_BYTES = 16_000_000   # of drafts and analyses kept for tool turns
 
 INTRO = """\
@@ -3989,6 +3998,8 @@ def write(config, writer, messages, run, role, params, live):
     def show(text, thought=""):
         if text:
             run.shown.add(run.choice)
+        if thought:
+            run.shown.add((run.choice, "thought"))
         if text or thought:
             run.emit("answer", text=text, reasoning=thought, choice=run.choice)
 
@@ -4080,12 +4091,12 @@ def settled(reply, params):
     if names and not calls and params.get("tool_choice") != "none":
         calls = written_calls(text, names)
         text = "" if calls else text
+    if reply.cut:  # a call that was cut off must not be run
+        calls = [call for call in calls if call_fault(call, params) is None]
     calls = [dict(call, function=dict(call["function"], arguments=call["function"]["arguments"]
                                       .strip() or "{}")) for call in calls if names]
     if params.get("parallel_tool_calls") is False:
         del calls[1:]
-    if reply.cut:  # a call that was cut off must not be run
-        calls = [call for call in calls if call_fault(call, params) is None]
     if json_form(params) and not calls and json_type_of(unfenced(text)):
         text = unfenced(text)
     finish = "length" if reply.cut else "tool_calls" if calls else \
@@ -4122,13 +4133,9 @@ def reply_fault(reply, params):
         value = strict_json(reply.text)
     except ValueError as error:
         return "it is no JSON: %s" % error
-    schema = schema_of(form)
-    if schema is None:
+    if schema_of(form) is None:
         return None if isinstance(value, dict) else "it is JSON, but no object"
-    try:
-        return schema_fault(value, schema, schema, "")
-    except (RecursionError, TypeError, ValueError):  # a schema that is none, or has no end
-        return None
+    return SchemaCheck(schema_of(form)).fault(value)
 
 
 def json_form(params):
@@ -4148,41 +4155,81 @@ JSON_TYPES = {"object": dict, "array": list, "string": str, "boolean": bool, "nu
               "number": (int, float), "integer": (int, float)}
 
 
-def schema_fault(value, schema, root, place):
-    """Return where a JSON value does not keep to a JSON schema, or None.
+class SchemaCheck:
+    """Holds a JSON value against a JSON schema.
 
     It knows what strict structured output knows (types, properties, items, enum, const, bounds,
-    anyOf, oneOf, allOf, $ref into the schema itself); other keywords are passed over.
+    anyOf, oneOf, allOf, $ref into the schema itself); other keywords are passed over. A schema
+    that is none, or that takes more than SCHEMA_STEPS, is taken as kept.
     """
-    if not isinstance(schema, dict):
-        return "%s must not be there" % place if schema is False else None
-    if isinstance(schema.get("$ref"), str):
-        return schema_fault(value, resolved(schema, root), root, place)
-    here = place or "the whole"
-    kinds = schema.get("type", [])
-    kinds = kinds if isinstance(kinds, list) else [kinds]
-    if kinds and not any(is_json(value, kind) for kind in kinds):
-        return "%s has to be %s" % (here, " or ".join(map(str, kinds)))
-    if "enum" in schema and value not in schema["enum"]:
-        return "%s has to be one of %s" % (here, clip(json.dumps(schema["enum"]), 200))
-    if "const" in schema and value != schema["const"]:
-        return "%s has to be %s" % (here, clip(json.dumps(schema["const"]), 200))
-    for word, broken in (("allOf", any), ("anyOf", all), ("oneOf", all)):
-        faults = [schema_fault(value, part, root, place) for part in schema.get(word, [])]
-        if faults and broken(faults):
-            return next(filter(None, faults))
-    return bounds_fault(value, schema, here) or inner_fault(value, schema, root, place)
+
+    def __init__(self, schema):
+        self.root = schema
+        self.known = {}
+
+    def fault(self, value):
+        """Return where the value does not keep to the schema, or None."""
+        try:
+            return self.at(value, self.root, "")
+        except (RecursionError, TypeError, ValueError, AttributeError):
+            return None
+
+    def at(self, value, schema, place):
+        """Return the fault of a value by a part of the schema, or None; each is looked at once."""
+        schema = resolved(schema, self.root)
+        key = (id(value), id(schema), place)
+        if key not in self.known:
+            if len(self.known) > SCHEMA_STEPS:
+                raise ValueError("too many steps")
+            self.known[key] = None  # should it refer to itself
+            self.known[key] = self.look(value, schema, place)
+        return self.known[key]
+
+    def look(self, value, schema, place):
+        """Return the fault of a value by a part of the schema that is no reference, or None."""
+        if not isinstance(schema, dict):
+            return "%s must not be there" % place if schema is False else None
+        here = place or "the whole"
+        kinds = schema.get("type", [])
+        kinds = kinds if isinstance(kinds, list) else [kinds]
+        if kinds and not any(is_json(value, kind) for kind in kinds):
+            return "%s has to be %s" % (here, " or ".join(map(str, kinds)))
+        if "enum" in schema and value not in schema["enum"]:
+            return "%s has to be one of %s" % (here, clip(json.dumps(schema["enum"]), 200))
+        if "const" in schema and value != schema["const"]:
+            return "%s has to be %s" % (here, clip(json.dumps(schema["const"]), 200))
+        for word, broken in (("allOf", any), ("anyOf", all), ("oneOf", all)):
+            faults = [self.at(value, part, place) for part in schema.get(word, [])]
+            if faults and broken(faults):
+                return next(filter(None, faults))
+        return bounds_fault(value, schema, here) or self.inside(value, schema, place)
+
+    def inside(self, value, schema, place):
+        """Return what is wrong with the entries of an object or a list, or None."""
+        parts = []
+        if isinstance(value, list):
+            parts = [(item, schema.get("items", True), "%s[%d]" % (place, index))
+                     for index, item in enumerate(value)]
+        elif isinstance(value, dict):
+            for name in schema.get("required", []):
+                if name not in value:
+                    return "%s is missing" % (place + "." + name).lstrip(".")
+            rest = schema.get("additionalProperties", True)
+            parts = [(item, schema.get("properties", {}).get(name, rest),
+                      (place + "." + clip(name, 60)).lstrip(".")) for name, item in value.items()]
+        return next(filter(None, (self.at(item, rule, at) for item, rule, at in parts)), None)
 
 
 def resolved(schema, root):
     """Return the part of a schema that its $ref leads to, or the schema itself."""
-    found = schema.get("$ref") if isinstance(schema, dict) else None
-    if not isinstance(found, str):
-        return schema
-    target = root
-    for step in filter(None, found.lstrip("#").split("/")):
-        target = target.get(step, {}) if isinstance(target, dict) else {}
-    return target
+    for _ in range(100):  # a reference may lead to another one
+        found = schema.get("$ref") if isinstance(schema, dict) else None
+        if not isinstance(found, str):
+            return schema
+        schema = root
+        for step in filter(None, found.lstrip("#").split("/")):
+            schema = schema.get(step, {}) if isinstance(schema, dict) else {}
+    return {}
 
 
 def is_json(value, kind):
@@ -4208,23 +4255,6 @@ def bounds_fault(value, schema, here):
                                   or size >= schema.get("exclusiveMaximum", math.inf)):
         return "%s breaks exclusiveMinimum or exclusiveMaximum" % here
     return None
-
-
-def inner_fault(value, schema, root, place):
-    """Return what is wrong with the entries of an object or a list by its schema, or None."""
-    parts = []
-    if isinstance(value, list):
-        parts = [(item, schema.get("items", True), "%s[%d]" % (place, index))
-                 for index, item in enumerate(value)]
-    elif isinstance(value, dict):
-        for name in schema.get("required", []):
-            if name not in value:
-                return "%s is missing" % (place + "." + name).lstrip(".")
-        rest = schema.get("additionalProperties", True)
-        parts = [(item, schema.get("properties", {}).get(name, rest),
-                  (place + "." + clip(name, 60)).lstrip(".")) for name, item in value.items()]
-    return next(filter(None, (schema_fault(item, rule, root, at) for item, rule, at in parts)),
-                None)
 
 
 def mended(config, writer, messages, reply, run, params):
@@ -4289,8 +4319,8 @@ def refine(config, writer, messages, analysis, reply, run, params):
 
 def json_type_of(text):
     """Return what JSON a text is as a whole, object or list, or None."""
-    with contextlib.suppress(ValueError, RecursionError):
-        found = json.loads(text)
+    with contextlib.suppress(ValueError):
+        found = plain_json(text)
         return type(found) if isinstance(found, (dict, list)) else None
     return None
 
@@ -4341,7 +4371,9 @@ def depth_of(config, messages, params):
 
     The panel runs once per turn of the user: on tool results the synthesizer goes on alone.
     """
-    if config.mode != "solo" and messages[-1].get("role") == "tool":
+    said = [message.get("role") for message in messages
+            if message.get("role") not in ("system", "developer")]
+    if config.mode != "solo" and said[-1:] == ["tool"]:
         return "tool_loop", "tool results came in"
     if config.mode != "auto":
         return config.mode, ""
@@ -4507,15 +4539,16 @@ def planned(config, messages, run, params, replaying, choices):
         config = with_auto_panel(config, run.network, run.cancel)
         if run.tape is not None:
             run.tape.write(run, {"panel": [member.model for member in config.panel]})
-    bound_calls(config)
-    if all(map(run.network.resting, list(config.panel) + list(config.spares))) and not replaying:
-        run.network.admit(config.panel[0])
+    bound_calls(config, choices)
     mode, why = depth_of(config, messages, params)
     config = dataclasses.replace(config, mode=mode)
+    asked = config.synthesizer if mode in ALONE else config.panel + config.spares
+    if all(map(run.network.resting, asked)) and not replaying:
+        run.network.admit(asked[0])
     ceiling = run.ledger.ceiling
     left = None if ceiling is None or replaying else ceiling - run.ledger.committed()
     read, cap = to_estimate(messages, params)
-    config, cuts = within_budget(config, read, cap, left, run.network.price, choices)
+    config, cuts = within_budget(config, read, cap, left, choices)
     for cut in cuts:
         run.degrade("budget_cut", "plan", "", cut)
     run.emit("start", mode=config.mode, reason=why, layers=config.layers,
@@ -4546,8 +4579,10 @@ def finished(config, run, replies, author, drafts, analysis, why):
     """Return the Result with its receipt, and tell the listener that the run is over."""
     receipt = receipt_of(config, run, author, drafts, analysis, why)
     for index, reply in enumerate(replies):
-        if index not in run.shown and reply.text:
-            run.emit("answer", text=reply.text, reasoning="", choice=index)
+        thought = "" if (index, "thought") in run.shown else reply.reasoning
+        text = "" if index in run.shown else reply.text
+        if text or thought:
+            run.emit("answer", text=text, reasoning=thought, choice=index)
     run.emit("end", receipt=receipt)
     usage = add_up(run.ledger.records).usage
     scope = "answer" if run.offered and "usage_scope" not in config.origins else config.usage_scope
@@ -5091,14 +5126,16 @@ class Screen:
 class Request(NamedTuple):
     """A request in our own terms, whatever dialect it came in.
 
-    `params` are the client's parameters for the answer, `overrides` its `fusion` block, `ignored`
-    what it asked for and cannot have; `created` is in seconds since 1970.
+    `params` are the client's parameters for the answer, `overrides` its `fusion` block, `preset`
+    the one that it gets if it is served, `ignored` what it asked for and cannot have; `created` is
+    in seconds since 1970.
     """
 
     model: str
     messages: list
     params: dict
     overrides: dict
+    preset: Optional[str]
     ignored: tuple
     stream: bool
     include_usage: bool
@@ -5207,21 +5244,27 @@ def read_chat(body):
         where = wrong.where()
         raise UsageError("%s %s" % (where or "the request", wrong.reason),
                          "see the Chat Completions API", param=where or None)
-    if not params.get("tools"):
-        for key in ("tool_choice", "parallel_tool_calls"):
-            params.pop(key, None)
-    ignored = read_openrouter(body, overrides)
-    return Request(model, body["messages"], params, overrides, tuple(ignored), stream,
+    names = [tool["function"]["name"] for tool in params.get("tools", ())]
+    choice = params.get("tool_choice")
+    if not names:
+        params.pop("tool_choice", None)
+        params.pop("parallel_tool_calls", None)
+    elif isinstance(choice, dict) and choice["function"]["name"] not in names:
+        raise UsageError("tool_choice names no tool of the request; %s" % did_you_mean(
+            clip(choice["function"]["name"], 60), names), param="tool_choice")
+    preset, ignored = read_openrouter(body, overrides)
+    return Request(model, body["messages"], params, overrides, preset, tuple(ignored[:20]), stream,
                    options.get("include_usage") is True, int(time.time()))
 
 
 def read_openrouter(body, overrides):
-    """Take OpenRouter's forms of a fusion request into the overrides; return what is ignored.
+    """Take OpenRouter's forms of a fusion request into the overrides.
 
-    `plugins: [{"id": "fusion", ...}]` names judge and writer by `model`, the tool
-    `openrouter:fusion` the judge alone; what a `fusion` block says as well is the block's.
+    Returns (the preset that it would like, what else is ignored). `plugins: [{"id": "fusion",
+    ...}]` names judge and writer by `model`, the tool `openrouter:fusion` the judge alone; what a
+    `fusion` block says as well is the block's.
     """
-    ignored = []
+    preset, ignored = None, []
     for kind in ("plugins", "tools"):
         given = body.get(kind)
         for item in given if isinstance(given, list) else []:
@@ -5230,20 +5273,21 @@ def read_openrouter(body, overrides):
             if kind == "plugins" and item.get("id") == "fusion":
                 found, roles = dict(item), ("judge", "synthesizer")
             elif kind == "tools" and item.get("type") == "openrouter:fusion":
-                found, roles = dict(item.get("parameters") or {}), ("judge",)
+                found, roles = item.get("parameters"), ("judge",)
+                found = dict(found) if isinstance(found, dict) else {}
             else:
                 continue
             found.pop("id", None)
+            preset = found.pop("preset", preset)
             if found.pop("enabled", True) is False:
                 overrides.setdefault("mode", "solo")
-            wanted = {"panel": found.pop("analysis_models", None),
-                      "preset": found.pop("preset", None)}
-            wanted.update(dict.fromkeys(roles, found.pop("model", None)))
+            wanted = dict.fromkeys(roles, found.pop("model", None))
+            wanted["panel"] = found.pop("analysis_models", None)
             for key, value in wanted.items():
                 if value is not None:
                     overrides.setdefault(key, value)
-            ignored += ["%s of %s" % (key, kind) for key in found]
-    return ignored
+            ignored += ["%s of %s" % (clip(key, 60), kind) for key in found]
+    return preset, ignored
 
 
 def usage_object(usage):
@@ -5467,8 +5511,9 @@ BUFFER_BYTES = 256_000_000  # of unfinished requests in all
 MAX_BODY = 10_000_000       # bytes of a request's body
 MAX_REQUESTS = 1000         # under way at the same time; as many again wait
 BACKLOG = 4096              # connections that the kernel holds until they are accepted
+BARE_LF = re.compile(rb"(?<!\r)\n")
 REQUEST_LINE = re.compile(rb"([A-Z]{1,20}) (\*|/[\x21-\x7e]*) HTTP/1\.([01])")
-FIELD = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([\t\x20-\x7e\x80-\xff]*?)[ \t]*")
+FIELD = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([\t\x20-\x7e\x80-\xff]*)")
 ONCE = {"authorization", "content-encoding", "content-length", "content-type", "expect", "host",
         "origin", "transfer-encoding", "x-api-key", "x-fusion-depth"}
 
@@ -5510,13 +5555,14 @@ def read_head(data):
         field = FIELD.fullmatch(line)
         if field is None:
             raise refused(400, "a header line is not valid", "bad_request")
-        name, value = field.group(1).decode().lower(), field.group(2).decode("latin-1")
+        name = field.group(1).decode().lower()
+        value = field.group(2).strip(b" \t").decode("latin-1")
         if name in headers and name in ONCE:
             raise refused(400, "the header %s stands there twice" % name, "bad_request")
         headers[name] = headers[name] + ", " + value if name in headers else value
     minor = int(start.group(3))
-    if minor and "host" not in headers:
-        raise refused(400, "there is no Host header", "bad_request")
+    if minor and "host" not in headers or len(headers.get("host", "")) > 260:
+        raise refused(400, "there is no Host header, or no valid one", "bad_request")
     path = start.group(2).decode().partition("?")[0]
     return Head(start.group(1).decode(), path.rstrip("/") or "/", minor, headers)
 
@@ -5556,7 +5602,7 @@ class Body:
                 self.want = "end"
             end = buffer.find(b"\r\n", 0, 1026)
             if end < 0:
-                if len(buffer) > 1024:
+                if len(buffer) > 1025:
                     raise refused(400, "a chunk's size line is too long", "bad_request")
                 return False
             line = bytes(buffer[:end])
@@ -5609,6 +5655,7 @@ class Connection:
         self.state = "head"
         self.since = self.wrote = time.monotonic()
         self.head = None
+        self.scanned = 0
         self.body = None
         self.answer = None
         self.gone = False
@@ -5620,18 +5667,22 @@ class Connection:
     def next_request(self, server):
         """Return (head, body) of the next request, None while more of it has to come."""
         if self.head is None:
-            if self.buffer[:2] == b"\r\n":
+            if self.buffer[:2] == b"\r\n" and not self.scanned:
                 del self.buffer[:2]  # some clients end a body with a line that nobody counts
-            end = self.buffer.find(b"\r\n\r\n", 0, HEAD_BYTES + 4)
+            if self.buffer in (b"", b"\r"):
+                return None
+            end = self.buffer.find(b"\r\n\r\n", max(0, self.scanned - 3), HEAD_BYTES + 4)
             if end < 0:
                 self.look_ahead()
+                self.scanned = len(self.buffer)
                 return None
-            head = read_head(bytes(self.buffer[:end]))
+            head = self.head = read_head(bytes(self.buffer[:end]))
             del self.buffer[:end + 4]
-            self.head, self.body = head, Body(head, server.max_body)
+            self.scanned = 0
+            self.body = Body(head, server.max_body)
             server.admit(head)
             self.enter("body")
-            if head.headers.get("expect") and not self.buffer:
+            if head.headers.get("expect") and head.minor and not self.buffer:
                 self.write(b"HTTP/1.1 100 Continue\r\n\r\n", 0.0)
         if not self.body.take(self.buffer):
             return None
@@ -5641,10 +5692,10 @@ class Connection:
 
     def look_ahead(self):
         """Refuse a head that cannot become one, before its end has come."""
-        if len(self.buffer) > HEAD_BYTES:
+        if len(self.buffer) > HEAD_BYTES + 3:
             raise refused(431, "the head is larger than %d bytes" % HEAD_BYTES,
                           "headers_too_large")
-        if re.match(rb"[^A-Z\r]", self.buffer) or re.search(rb"(?<!\r)\n", self.buffer):
+        if not self.buffer[:1].isupper() or BARE_LF.search(self.buffer, self.scanned):
             raise refused(400, "this is not HTTP/1.1 (TLS is the reverse proxy's)", "bad_request")
 
     def held(self):
@@ -5661,9 +5712,10 @@ class Connection:
         return None
 
     def write(self, data, seconds=None):
-        """Send bytes, waiting up to `seconds` without progress; returns whether it worked.
+        """Send bytes from any thread; returns whether the client is still there.
 
-        From any thread. A client that takes nothing has left, and its run is cancelled.
+        A client that takes nothing for WRITE_S has left, and its run is cancelled. With `seconds`
+        of 0 nobody waits: what finds no room becomes the `rest`, which goes before all else.
         """
         with self.lock:
             view = memoryview(self.rest + data if self.rest else data)
@@ -5673,17 +5725,21 @@ class Connection:
                     view = view[self.sock.send(view):]
                     self.wrote = time.monotonic()
                 except (BlockingIOError, InterruptedError):
-                    if not ready(self.sock, True, WRITE_S if seconds is None else seconds):
+                    if seconds == 0.0:
+                        self.rest = bytes(view)
+                        break
+                    if not ready(self.sock, True, WRITE_S):
                         self.leave()
                 except OSError:
                     self.leave()
             return not self.gone
 
-    def beat(self, data):
+    def beat(self, answer):
         """Send a heartbeat, unless the client's buffer is full or something is being sent."""
         if self.lock.acquire(False):
             try:
-                if not self.rest and ready(self.sock, True):
+                if answer.beating and not self.rest and ready(self.sock, True):
+                    data = answer.framed(answer.stream.beat())
                     self.rest = data[self.sock.send(data):]
                     self.wrote = time.monotonic()
             except OSError:
@@ -5767,10 +5823,6 @@ class Answer:
         ending = b"0\r\n\r\n" if last and self.head.minor else b""
         if data or ending:
             self.write(self.framed(data) + ending)
-
-    def beat(self):
-        """Send a heartbeat of a stream that has begun."""
-        self.connection.beat(self.framed(self.stream.beat()))
 
     def write(self, data):
         """Send bytes; within the front's own thread, without waiting for the client."""
@@ -5878,7 +5930,7 @@ class Server:
         self.check_origin(head)
         if head.method == "OPTIONS" and self.served.origins:
             return
-        methods = self.methods(head)
+        methods = self.routes.get(self.route(head))
         if head.path != "/health":
             self.owner(head)
         if methods is None:
@@ -5950,11 +6002,10 @@ class Server:
 
     # what is there
 
-    def methods(self, head):
-        """Return {method: handler} of a path, or None."""
-        if head.path.startswith("/v1/models/"):
-            return {"GET": self.models}
-        return self.routes.get(head.path)
+    def route(self, head):
+        """Return the path of the route that a request takes, or `other`."""
+        path = "/v1/models" if head and head.path.startswith("/v1/models/") else head and head.path
+        return path if path in self.routes else "other"
 
     def handle(self, answer):
         """Answer a request, whatever happens; afterwards it is logged and counted."""
@@ -5963,7 +6014,8 @@ class Server:
             if head.method == "OPTIONS" and self.served.origins:
                 answer.send(204, "")
             else:
-                self.methods(head)["GET" if head.method == "HEAD" else head.method](answer)
+                methods = self.routes[self.route(head)]
+                methods["GET" if head.method == "HEAD" else head.method](answer)
             self.account(answer)
         except FusionError as error:
             self.fail(answer, error)
@@ -5976,7 +6028,7 @@ class Server:
         degraded = answer.run.degraded if answer.run else ()
         answer.note["error"] = "%s: %s" % (error.code, error.message)
         if answer.connection.gone:
-            answer.status = answer.status or 499
+            answer.status = 499
         elif not answer.status:
             answer.fail(error, degraded)
         else:
@@ -5988,7 +6040,7 @@ class Server:
     def account(self, answer):
         """Log and count a request that is over."""
         seconds = time.monotonic() - answer.started
-        path = answer.head.path if answer.head and self.methods(answer.head) else "other"
+        path = self.route(answer.head)
         self.counters.add("fusion_requests_total", path=path, status=answer.status)
         self.counters.add("fusion_request_seconds_total", seconds, path=path)
         if answer.run:
@@ -6027,26 +6079,25 @@ class Server:
             "fusion_connections": len(front.connections)}))
 
     def names(self):
-        """Return {model name: the config that answers it, or a single member}."""
-        found = {self.config.name: self.config, "openrouter/fusion": self.config}
-        found.update(("fusion/" + name, config) for name, config in self.served.presets.items())
+        """Return {model name: (Config, the one Member that answers it, None for the panel)}."""
+        found = {self.config.name: (self.config, None), "openrouter/fusion": (self.config, None)}
+        for name, config in self.served.presets.items():
+            found.setdefault("fusion/" + name, (config, None))
         for config in (self.config,) + tuple(self.served.presets.values()):
             for member in all_members(config):
-                found.setdefault(member.name, member)
+                found.setdefault(member.name, (config, member))
         return found
 
     def models(self, answer):
         """List the models, or describe one."""
         wanted = unquote(answer.head.path[len("/v1/models/"):])
         listed = []
-        for name, found in self.names().items():
-            if isinstance(found, Member):
-                members = [found]
-            else:
-                members = [slot.member for slot in panel_slots(found)]
-                members += [found.judge, found.writer] if members else []
+        for name, (config, member) in self.names().items():
+            members = [member] if member else [slot.member for slot in panel_slots(config)]
+            if members and not member:
+                members += [config.judge, config.writer]
             if name != "openrouter/fusion" or wanted == name:
-                listed.append(model_object(name, members, self.config, self.created))
+                listed.append(model_object(name, members, config, self.created))
         if not wanted:
             answer.send(200, {"object": "list", "data": listed})
             return
@@ -6083,23 +6134,23 @@ class Server:
 
     def chosen(self, request):
         """Return (Config, options): the model's, with the request's overrides. Raises 400, 404."""
-        base = self.names().get(request.model)
-        if base is None and not self.served.any_model:
+        config, member = self.names().get(request.model, (None, None))
+        if config is None and not self.served.any_model:
             raise self.no_model(request.model)
-        overrides = dict(request.overrides)
-        if request.model.startswith("fusion/") and isinstance(base, Config):
+        overrides, ignored = dict(request.overrides), list(request.ignored)
+        preset = request.preset
+        if config not in (None, self.config) and not member:
             overrides.setdefault("preset", request.model[len("fusion/"):])
-        options = {"ignored": list(request.ignored)}
-        if request.ignored and overrides.get("preset") not in self.served.presets:
-            if overrides.pop("preset", None) is not None:
-                options["ignored"].append("preset")
-        config, wanted = with_overrides(self.config, overrides, self.served.presets)
-        options.update(wanted)
-        if isinstance(base, Member):
+        elif isinstance(preset, str) and preset in self.served.presets:
+            overrides.setdefault("preset", preset)
+        elif preset is not None:
+            ignored.append("preset")
+        config, options = with_overrides(self.config, overrides, self.served.presets)
+        if member:
             config = dataclasses.replace(
-                config, mode="solo", panel=(base,), judge=base, synthesizer=(base,), spares=(),
-                refine=False, vote=False)
-        return config, options
+                config, mode="solo", panel=(member,), judge=member, synthesizer=(member,),
+                spares=(), refine=False, vote=False)
+        return config, dict(options, ignored=ignored)
 
     def estimate(self, answer):
         """Send the planned calls of a request and what they may cost; nothing is asked."""
@@ -6192,6 +6243,7 @@ class Front:
         self.waiting = collections.deque()
         self.back = collections.deque()
         self.stopped = False
+        self.paused = False
         self.selector = selectors.DefaultSelector()
         self.awake, self.alarm = socket.socketpair()
         for sock in (listener, self.awake, self.alarm):
@@ -6230,20 +6282,32 @@ class Front:
     def accept(self):
         """Take all connections that wait; beyond what descriptors allow, one that idles leaves."""
         while True:
-            if len(self.connections) >= self.most and not self.make_room():
-                time.sleep(0.01)  # all of them are at work; the others wait in the kernel
+            if len(self.connections) >= self.most and ready(self.listener) and \
+                    not self.make_room():
+                self.pause()  # all of them are at work; the others wait in the kernel
                 return
             try:
                 sock, address = self.listener.accept()
-            except OSError:  # none waits any more, or no descriptor is left
+            except BlockingIOError:  # none waits any more
+                return
+            except OSError:  # no descriptor is left, or the client has left already
+                self.pause()
                 return
             sock.setblocking(False)
             with contextlib.suppress(OSError):
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             connection = Connection(sock, address[0])
             self.connections[sock] = connection
-            self.selector.register(sock, self.readable,
-                                   lambda connection=connection: self.read(connection))
+            self.watch(connection)
+
+    def pause(self):
+        """Accept nothing until the next tick."""
+        self.selector.unregister(self.listener)
+        self.paused = True
+
+    def watch(self, connection):
+        """Have what a client sends read."""
+        self.selector.register(connection.sock, self.readable, lambda: self.read(connection))
 
     def make_room(self):
         """Close the connection that has been idle, or unfinished, for longest; whether one was."""
@@ -6261,19 +6325,26 @@ class Front:
             return
         except OSError:
             data = b""
-        ahead = connection.state == "busy" and len(connection.buffer) > PIPELINE_BYTES
-        if not data or ahead:
+        if not data:
             connection.leave()
             if connection.state == "busy":  # its thread is told, and gives it back
-                with contextlib.suppress(KeyError, ValueError):
-                    self.selector.unregister(connection.sock)
+                self.forget(connection)
             else:
                 self.drop(connection)
-        elif connection.state != "linger":
+        elif connection.state == "linger":
+            connection.since = time.monotonic()
+        else:
             if connection.state == "head" and not connection.buffer:
                 connection.since = time.monotonic()
             connection.buffer += data
             self.advance(connection)
+            if connection.state == "busy" and len(connection.buffer) > PIPELINE_BYTES:
+                self.forget(connection)  # until it is given back
+
+    def forget(self, connection):
+        """Read nothing more of a connection."""
+        with contextlib.suppress(KeyError, ValueError):
+            self.selector.unregister(connection.sock)
 
     def advance(self, connection):
         """Hand out the requests that are whole, one after the other."""
@@ -6311,29 +6382,46 @@ class Front:
     def work(self, answer):
         """Answer one request on its own thread."""
         self.server.handle(answer)
-        self.back.append(answer.connection)
+        self.give_back(answer.connection)
+
+    def flush(self, connection):
+        """Wait, on a thread of its own, until a client has taken what it was owed."""
+        connection.write(b"")
+        self.give_back(connection)
+
+    def give_back(self, connection):
+        """Have the front go on with a connection; from any thread."""
+        self.back.append(connection)
         with contextlib.suppress(OSError):
             self.alarm.send(b"x")
 
     def returned(self, connection):
-        """Take a connection back whose request was answered."""
-        answer, connection.answer = connection.answer, None
+        """Take a connection back whose request was answered, and go on with what follows."""
+        answer = connection.answer
         if answer.paid:
+            answer.paid = False
             self.running -= 1
             self.start_waiting()
+        if connection.rest and not connection.gone:
+            spawn(self.flush, connection)
+            return
+        connection.answer = None
         if connection.gone:
             self.drop(connection)
         elif answer.close:
             self.linger(connection)
         else:
             connection.enter("head")
+            if len(connection.buffer) > PIPELINE_BYTES:
+                self.forget(connection)
+                self.watch(connection)
 
     def overloaded(self, answer):
         """Refuse a request since too many are under way."""
         self.server.fail(answer, refused(
             503, "the server is stopping" if self.server.draining else
             "too many requests are under way", "overloaded", retry_after=10))
-        self.returned(answer.connection)
+        self.give_back(answer.connection)
 
     def refuse(self, connection, error):
         """Answer what is no request that could be answered, and close."""
@@ -6361,8 +6449,13 @@ class Front:
 
     def tick(self, now):
         """Look at the clock for every connection: deadlines, heartbeats, those that wait."""
-        if sum(connection.held() for connection in self.connections.values()) > BUFFER_BYTES:
-            self.refuse(max(self.connections.values(), key=Connection.held), refused(
+        if self.paused and not self.server.draining:
+            self.paused = False
+            self.selector.register(self.listener, self.readable, self.accept)
+        unfinished = [connection for connection in self.connections.values()
+                      if connection.state in ("head", "body")]
+        if sum(map(Connection.held, unfinished)) > BUFFER_BYTES:
+            self.refuse(max(unfinished, key=Connection.held), refused(
                 503, "too much is being sent at once", "overloaded", retry_after=10))
         for connection in list(self.connections.values()):
             answer, idle = connection.answer, now - connection.since
@@ -6370,15 +6463,17 @@ class Front:
             if error is not None:
                 self.refuse(connection, error)
             elif answer and answer.beating and now - connection.wrote > BEAT_S:
-                answer.beat()
-            elif connection.state == "linger" and idle > LINGER_S or connection.state == "head" \
-                    and not connection.buffer and (idle > KEEP_S or self.server.draining):
+                connection.beat(answer)
+            elif connection.state == "head":
+                if not connection.buffer and (idle > KEEP_S or self.server.draining):
+                    self.drop(connection)
+            elif connection.state == "linger" and (
+                    idle > LINGER_S or now - connection.wrote > BODY_S):
                 self.drop(connection)
         for answer in [answer for answer in self.waiting if answer.connection.gone
                        or now - answer.started > QUEUE_S]:
             self.waiting.remove(answer)
             self.overloaded(answer)
-            self.advance(answer.connection)
 
     def drain(self):
         """Stop taking connections; what is under way is finished, then `serve` returns."""
@@ -6918,7 +7013,7 @@ def server_tokens(env):
     return tuple(tokens)
 
 
-def make_server(args, config, network, log, debug=lambda error: None):
+def make_server(args, config, network, log, debug=lambda error: None, tape=None):
     """Return the Server that the command line asks for. Raises UsageError."""
     env = read_env(args.env_file)
     tokens = server_tokens(env)
@@ -6936,7 +7031,6 @@ def make_server(args, config, network, log, debug=lambda error: None):
             key: value for key, value in flags_of(args).items()
             if key in ("max_cost_usd", "timeout_s")})
         require_keys(all_members(presets[name]))
-    tape = Tape(args.record, args.replay, config) if args.record or args.replay else None
     return Server(config, Served(
         presets, args.any_model, tokens, tuple(map(str.lower, args.allow_host)), tuple(args.cors),
         args.max_body, args.max_requests, tape), network, log, debug)
@@ -6944,17 +7038,21 @@ def make_server(args, config, network, log, debug=lambda error: None):
 
 def run_serve(args, screen):
     """The command serve: answers until it is told to stop."""
-    if not 1 <= args.workers <= 256:
-        raise UsageError("--workers takes a number from 1 to 256", "%s serve --help" % PROGRAM)
+    if not 1 <= args.workers <= 256 or args.workers > 1 and args.record:
+        raise UsageError("--workers takes a number from 1 to 256, and 1 with --record",
+                         "%s serve --help" % PROGRAM)
     args.estimate = args.workers > 1  # checks everything without a thread, which no fork survives
     config, network = configured(args), Network()
     if not args.replay:
         require_keys(all_members(config))
     make_server(args, config, network, None)
     listener, lifeline = listen_on(args.host, args.port), None
-    announce(args, config, listener, screen)
+
+    def begin():
+        announce(args, config, listener, screen)
+
     if args.workers > 1:
-        code, lifeline = fork_workers(args.workers, listener, screen)
+        code, lifeline = fork_workers(args.workers, listener, screen, begin)
         if code is not None:
             return code
         args.estimate = False
@@ -6981,8 +7079,9 @@ def run_serve(args, screen):
             say(line)
 
     try:
-        return attend(Front(make_server(args, config, network, log, debug), listener), screen,
-                      lifeline)
+        tape = Tape(args.record, args.replay, config) if args.record or args.replay else None
+        server = make_server(args, config, network, log, debug, tape)
+        return attend(Front(server, listener), screen, lifeline, begin)
     finally:
         say(None)
 
@@ -7012,7 +7111,7 @@ def start_log(screen):
     return say
 
 
-def fork_workers(count, listener, screen):
+def fork_workers(count, listener, screen, begin):
     """Return (None, lifeline) in each worker, (exit code, None) in the parent once all have left.
 
     They share one listening socket: with SO_REUSEPORT a second server could start unseen, and
@@ -7033,6 +7132,7 @@ def fork_workers(count, listener, screen):
 
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
+    begin()
     while True:
         if len(started) < count and not stopping:
             worker = os.fork()
@@ -7071,7 +7171,7 @@ def announce(args, config, listener, screen):
     screen.data(json.dumps({"url": url}) if args.json else url)
 
 
-def attend(front, screen, lifeline):
+def attend(front, screen, lifeline, begin):
     """Serve, and hear what ends it; returns the exit code.
 
     The first SIGTERM or Ctrl-C finishes what is under way, the second ends at once. A worker also
@@ -7094,6 +7194,8 @@ def attend(front, screen, lifeline):
 
     signal.signal(signal.SIGTERM, terminate)
     screen.interrupts.driving = True
+    if lifeline is None:
+        begin()
     front.serve(watch)
     return 0 if terms else 130
 
@@ -7215,7 +7317,7 @@ class Smoke:
         found = self.ask("A city?", response_format={"type": "json_schema", "json_schema": {
             "name": "city", "schema": SMOKE_SCHEMA}})
         value = json.loads(found["choices"][0]["message"]["content"])
-        self.expect(schema_fault(value, SMOKE_SCHEMA, SMOKE_SCHEMA, "") is None, "the schema")
+        self.expect(SchemaCheck(SMOKE_SCHEMA).fault(value) is None, "the schema")
 
     def check_member(self):
         """A member's name asks that model alone; with n = 2, twice."""

@@ -599,7 +599,6 @@ SENT = [
     ("the larger of two caps", {"max_tokens": 10, "max_completion_tokens": 900}, 900),
     ("tools", {"max_tokens": 700, "tools": BIG_TOOLS}, 700),
     ("a response format", {"max_tokens": 700, "response_format": BIG_FORM}, 700),
-    ("several answers", {"max_tokens": 700, "n": 4}, 4 * 700),
     ("the configured cap", {}, 333),
 ]
 
