@@ -4408,10 +4408,11 @@ def fuse(config, messages, run, params=None):
     run.seed = seed_of(messages, params)
     run.offered = params.get("tools")
     choices = params.pop("n", None) or 1
+    turn = advice_key(config, messages, run)
     config, why = planned(config, messages, run, params, replaying, choices)
     drafts, analysis, replies, author = (), None, (), ""
     if config.mode == "tool_loop":
-        drafts, analysis = advice_for(config, messages, run)
+        drafts, analysis = advice_for(turn, run)
     if config.mode == "fuse":
         with run.timed("panel"):
             drafts = gather(config, messages, run)
@@ -4421,7 +4422,7 @@ def fuse(config, messages, run, params=None):
                 analysis = judge(config, messages, drafts, run)
             run.emit("analysis", analysis=public_analysis(analysis, drafts))
             if run.offered and run.advice is not None:
-                run.advice.keep(advice_key(config, messages, run), drafts, analysis)
+                run.advice.keep(turn, drafts, analysis)
     if not replies:
         with run.timed("synth"):
             written = each_choice(run, choices, lambda view, index: synthesize(
@@ -4500,7 +4501,9 @@ class Advice:
 
 
 def advice_key(config, messages, run):
-    """Return what a panel's advice is known by: the owner, the turn of the user, the panel."""
+    """Return what advice is known by: the owner, the turn of the user, the panel as configured."""
+    if run.advice is None:
+        return None
     import hashlib
     last = max((index for index, message in enumerate(messages)
                 if message.get("role") == "user"), default=-1)
@@ -4509,9 +4512,9 @@ def advice_key(config, messages, run):
     return hashlib.sha256(said.encode()).digest()
 
 
-def advice_for(config, messages, run):
+def advice_for(turn, run):
     """Return (drafts, analysis) of the panel in this turn of the user; ((), None) if unknown."""
-    found = run.advice.find(advice_key(config, messages, run)) if run.advice is not None else None
+    found = run.advice.find(turn) if run.advice is not None else None
     if found is None:
         run.degrade("advice_missing", "panel", "", "the writer goes on alone")
     return found or ((), None)
