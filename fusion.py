@@ -1887,6 +1887,15 @@ def ready(sock, writing=False, seconds=0.0):
     return any(select.select(*waiting, [], seconds))
 
 
+def hung_up(sock):
+    """Whether the other side has closed a socket, whatever it sent before; where it can be told."""
+    if not hasattr(select, "POLLRDHUP"):
+        return False
+    poll = select.poll()
+    poll.register(sock, select.POLLRDHUP)
+    return bool(poll.poll(0))
+
+
 class Wire:
     """A socket as http.client uses it, on which every single read and write keeps one deadline.
 
@@ -6030,11 +6039,9 @@ class Server:
         """Send an error: as a status, or as the end of a stream that has begun."""
         degraded = answer.run.degraded if answer.run else ()
         answer.note["error"] = "%s: %s" % (error.code, error.message)
-        if answer.connection.gone:
-            answer.status = 499
-        elif not answer.status:
+        if not answer.status and not answer.connection.gone:
             answer.fail(error, degraded)
-        else:
+        elif not answer.connection.gone:
             answer.close = True
             if answer.stream:
                 answer.piece(answer.stream.fail(error, degraded), last=True)
@@ -6044,6 +6051,8 @@ class Server:
         """Log and count a request that is over."""
         seconds = time.monotonic() - answer.started
         path = self.route(answer.head)
+        if answer.connection.gone:
+            answer.status = 499
         self.counters.add("fusion_requests_total", path=path, status=answer.status)
         self.counters.add("fusion_request_seconds_total", seconds, path=path)
         if answer.run:
@@ -6345,7 +6354,7 @@ class Front:
                 self.forget(connection)  # until it is given back
 
     def forget(self, connection):
-        """Read nothing more of a connection."""
+        """Read nothing more of a connection; whether its client leaves is seen at each tick."""
         with contextlib.suppress(KeyError, ValueError):
             self.selector.unregister(connection.sock)
 
@@ -6463,6 +6472,8 @@ class Front:
         for connection in list(self.connections.values()):
             answer, idle = connection.answer, now - connection.since
             error = connection.late(now)
+            if answer and len(connection.buffer) > PIPELINE_BYTES and hung_up(connection.sock):
+                connection.leave()
             if error is not None:
                 self.refuse(connection, error)
             elif answer and answer.beating and now - connection.wrote > BEAT_S:
