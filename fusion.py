@@ -1154,7 +1154,7 @@ def member_backend(member, env):
     return Backend(url, key_value(name, key or ""), name)
 
 
-def require_keys(members):
+def require_keys(members, command="ask --fake \"hello\""):
     """Raise UsageError when a backend that needs a key has none. Loopback works without."""
     for member in members:
         backend = member.backend
@@ -1163,7 +1163,7 @@ def require_keys(members):
             continue
         hint = "export %s=..." % (backend.key_name or own)
         if own and not member.base_url:
-            hint += " or try it without a key: %s ask --fake \"hello\"" % PROGRAM
+            hint += " or try it without a key: %s %s" % (PROGRAM, command)
         elif not backend.key_name:
             hint = "give the member \"api_key_env\": \"%s\"" % own
         raise UsageError("no key for %s (%s)" % (
@@ -2559,6 +2559,7 @@ def status_error(backend, status, message, code=None, param=None, **details):
     kind, hint, retryable = classify(status, "%s %s" % (code, message))
     if kind == "auth":
         hint = "check %s" % (backend.key_name or "the key of %s" % backend.host)
+        message += " (%s refused %s)" % (backend.place, backend.key_name or "to answer")
     told = TOLD.get(kind) if status >= 400 else None
     told = told or (CallError.status, CallError.code)
     return CallError("%s: %s" % (status, message), hint, kind=kind, retryable=retryable,
@@ -5524,6 +5525,7 @@ MAX_BODY = 10_000_000       # bytes of a request's body
 MAX_REQUESTS = 1000         # under way at the same time; as many again wait
 BACKLOG = 4096              # connections that the kernel holds until they are accepted
 BARE_LF = re.compile(rb"(?<!\r)\n")
+ENDINGS = {"stop", "length", "tool_calls", "content_filter", "failed", "replayed"}
 REQUEST_LINE = re.compile(rb"([A-Z]{1,20}) (\*|/[\x21-\x7e]*) HTTP/1\.([01])")
 FIELD = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([\t\x20-\x7e\x80-\xff]*)")
 ONCE = {"authorization", "content-encoding", "content-length", "content-type", "expect", "host",
@@ -5656,7 +5658,8 @@ class Body:
 class Connection:
     """One client's connection: what it sent, what it is owed, and whether it is still there.
 
-    `state` is head, body, busy (a request is under way) or linger; `since` when that began.
+    `state` is head, body, busy (a request is under way), flush (the client has to take what it is
+    owed) or linger (it is being closed); `since` is when that began.
     """
 
     def __init__(self, sock, peer):
@@ -5724,7 +5727,7 @@ class Connection:
         return None
 
     def write(self, data, seconds=None):
-        """Send bytes from any thread; returns whether the client is still there.
+        """Send bytes from any thread; returns whether they are on their way.
 
         A client that takes nothing for WRITE_S has left, and its run is cancelled. With `seconds`
         of 0 nobody waits: what finds no room becomes the `rest`, which goes before all else.
@@ -5739,12 +5742,12 @@ class Connection:
                 except (BlockingIOError, InterruptedError):
                     if seconds == 0.0:
                         self.rest = bytes(view)
-                        break
+                        return True
                     if not ready(self.sock, True, WRITE_S):
                         self.leave()
                 except OSError:
                     self.leave()
-            return not self.gone
+            return not view
 
     def beat(self, answer):
         """Send a heartbeat, unless the client's buffer is full or something is being sent."""
@@ -5784,6 +5787,7 @@ class Answer:
         self.beating = False
         self.note = {}
         self.paid = False
+        self.lost = False
         self.close = head is None or not head.keeps
 
     def headers(self, status, fields):
@@ -5840,7 +5844,7 @@ class Answer:
         """Send bytes; within the front's own thread, without waiting for the client."""
         self.size += len(data)
         inline = threading.current_thread() is self.server.thread
-        self.connection.write(data, 0.0 if inline else None)
+        self.lost = not self.connection.write(data, 0.0 if inline else None) or self.lost
 
     def fail(self, error, degraded=()):
         """Send an error, in the shape that the path's dialect has."""
@@ -5872,12 +5876,16 @@ class Counters:
     def add_run(self, run):
         """Count the calls of a run, their tokens and dollars, and what degraded."""
         for record in list(run.ledger.records):
+            known = record.status in ENDINGS
             self.add("fusion_upstream_calls_total", model=record.model, role=record.role,
-                     status=record.status)
+                     status=record.status if known else "cancelled")
             for kind in ("prompt", "completion"):
                 self.add("fusion_tokens_total", getattr(record.usage, kind), model=record.model,
                          kind=kind)
-            self.add("fusion_cost_usd_total", record.cost_usd or 0.0, model=record.model)
+            if record.cost_usd is None:
+                self.add("fusion_calls_of_unknown_cost_total", model=record.model)
+            else:
+                self.add("fusion_cost_usd_total", record.cost_usd, model=record.model)
         for entry in run.degraded:
             self.add("fusion_degraded_total", code=entry["code"])
 
@@ -5946,8 +5954,8 @@ class Server:
         if head.path != "/health":
             self.owner(head)
         if methods is None:
-            raise refused(404, "there is nothing at %s; the API's base URL ends in /v1"
-                          % clip(head.path, 100), "not_found")
+            raise refused(404, "there is nothing at %s; there are %s" % (
+                clip(head.path, 100), ", ".join(sorted(self.routes))), "not_found")
         method = "GET" if head.method == "HEAD" else head.method
         if method not in methods:
             allow = sorted(methods) + ["HEAD"] * ("GET" in methods)
@@ -5958,7 +5966,8 @@ class Server:
         kind = head.headers.get("content-type", "application/json").partition(";")[0].strip()
         coding = head.headers.get("content-encoding", "identity").lower()
         if method == "POST" and (kind.lower() != "application/json" or coding != "identity"):
-            raise refused(415, "the body has to be application/json", "unsupported_media_type")
+            raise refused(415, "the body has to be sent with Content-Type: application/json",
+                          "unsupported_media_type")
 
     def check_origin(self, head):
         """Refuse what a web page of another site, or under a name of its own, would send."""
@@ -6039,9 +6048,12 @@ class Server:
         """Send an error: as a status, or as the end of a stream that has begun."""
         degraded = answer.run.degraded if answer.run else ()
         answer.note["error"] = "%s: %s" % (error.code, error.message)
-        if not answer.status and not answer.connection.gone:
+        self.counters.add("fusion_errors_total", code=error.code)
+        if answer.connection.gone:
+            answer.lost = True
+        elif not answer.status:
             answer.fail(error, degraded)
-        elif not answer.connection.gone:
+        else:
             answer.close = True
             if answer.stream:
                 answer.piece(answer.stream.fail(error, degraded), last=True)
@@ -6051,12 +6063,16 @@ class Server:
         """Log and count a request that is over."""
         seconds = time.monotonic() - answer.started
         path = self.route(answer.head)
-        if answer.connection.gone:
-            answer.status = 499
+        if answer.lost:
+            answer.status = 499  # the client left before all was on its way
         self.counters.add("fusion_requests_total", path=path, status=answer.status)
         self.counters.add("fusion_request_seconds_total", seconds, path=path)
         if answer.run:
             self.counters.add_run(answer.run)
+            spent = add_up(list(answer.run.ledger.records))
+            answer.note.update(tokens=spent.usage.total, cost_usd=spent.cost_usd and round(
+                spent.cost_usd, 8), degraded=",".join(sorted({
+                    entry["code"] for entry in answer.run.degraded})))
         self.log(dict({"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
                        "client": answer.connection.peer,
                        "method": answer.head.method if answer.head else "-",
@@ -6075,7 +6091,8 @@ class Server:
         resting = {member.name: round(self.network.resting(member), 1)
                    for member in all_members(config) if self.network.resting(member)}
         answer.send(200, {
-            "status": "draining" if self.draining else "ok", "version": VERSION,
+            "status": "draining" if self.draining else "ok" if config.panel else "no panel yet",
+            "version": VERSION,
             "config": config.source, "panel": [slot.name for slot in panel_slots(config)],
             "judge": config.judge and config.judge.name,
             "synthesizer": [member.name for member in config.synthesizer],
@@ -6141,11 +6158,13 @@ class Server:
         dialect = DIALECTS.get(answer.head.path, DIALECTS["/v1/chat/completions"])
         request = dialect.read(body)
         request = request._replace(model=request.model or self.config.name)
-        answer.note["model"] = request.model
+        answer.note.update(model=request.model, stream=request.stream)
         return (request,) + self.chosen(request)
 
     def chosen(self, request):
         """Return (Config, options): the model's, with the request's overrides. Raises 400, 404."""
+        if not self.config.panel and request.model not in self.names():
+            self.find_panel()
         config, member = self.names().get(request.model, (None, None))
         if config is None and not self.served.any_model:
             raise self.no_model(request.model)
@@ -6163,6 +6182,13 @@ class Server:
                 config, mode="solo", panel=(member,), judge=member, synthesizer=(member,),
                 spares=(), refine=False, vote=False)
         return config, dict(options, ignored=ignored)
+
+    def find_panel(self, cancel=None):
+        """Take what the backend lists as the panel, now that there is a backend."""
+        before, self.config = self.config, with_auto_panel(self.config, self.network, cancel)
+        self.served = self.served._replace(presets={
+            name: self.config if config == before else config
+            for name, config in self.served.presets.items()})
 
     def estimate(self, answer):
         """Send the planned calls of a request and what they may cost; nothing is asked."""
@@ -6188,6 +6214,9 @@ class Server:
         answer.id, answer.run = run.id, run
         if answer.connection.gone:  # it may have left before there was a run to cancel
             raise Cancelled("the client left")
+        if config == self.config and not config.panel:
+            self.find_panel(run.cancel)
+            config = self.config
         if options["ignored"]:
             run.degrade("ignored", "request", "", ", ".join(options["ignored"]))
         if request.stream:
@@ -6208,7 +6237,6 @@ class Server:
         run.listener = listen
         result = fuse(config, request.messages, run, request.params)
         receipt = result.receipt
-        answer.note["cost_usd"] = receipt["cost_usd"]
         if answer.stream:
             answer.piece(answer.stream.end(result), last=True)
             return
@@ -6226,8 +6254,9 @@ def listen_on(host, port):
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         return socket.create_server((host, port), family=family, backlog=BACKLOG)
     except (OSError, OverflowError, UnicodeError) as error:
-        raise UsageError("cannot listen on %s port %s: %s" % (host, port, reason_of(error)),
-                         "%s serve --port 0 takes any free port" % PROGRAM)
+        raise UsageError("cannot listen on %s port %s: %s" % (
+            host, port, reason_of(error).partition(" (while")[0].partition("(): ")[0]),
+            "%s serve --port 8001, or --port 0 for any free port" % PROGRAM)
 
 
 def raise_descriptors():
@@ -6262,7 +6291,7 @@ class Front:
             sock.setblocking(False)
         self.selector.register(listener, selectors.EVENT_READ, self.accept)
         self.selector.register(self.awake, selectors.EVENT_READ, lambda: self.awake.recv(4096))
-        self.readable = selectors.EVENT_READ
+        self.readable, self.writable = selectors.EVENT_READ, selectors.EVENT_WRITE
         self.most = max(64, (raise_descriptors() or 1024) // 2)  # upstream needs some too
         server.front = self
         server.bound = listener.getsockname()[0]
@@ -6393,13 +6422,22 @@ class Front:
 
     def work(self, answer):
         """Answer one request on its own thread."""
-        self.server.handle(answer)
-        self.give_back(answer.connection)
+        try:
+            self.server.handle(answer)
+        except BaseException:  # boundary: the thread; an error that cannot be told ends the
+            answer.close = True  # connection, and must not leave the client waiting
+            raise
+        finally:
+            self.give_back(answer.connection)
 
     def flush(self, connection):
-        """Wait, on a thread of its own, until a client has taken what it was owed."""
-        connection.write(b"")
-        self.give_back(connection)
+        """Send what a client is owed and had no room for, then go on with it."""
+        connection.write(b"", 0.0)
+        if connection.gone or not connection.rest:
+            self.forget(connection)
+            self.watch(connection)
+            self.returned(connection)
+            self.advance(connection)
 
     def give_back(self, connection):
         """Have the front go on with a connection; from any thread."""
@@ -6415,7 +6453,9 @@ class Front:
             self.running -= 1
             self.start_waiting()
         if connection.rest and not connection.gone:
-            spawn(self.flush, connection)
+            connection.enter("flush")
+            self.forget(connection)
+            self.selector.register(connection.sock, self.writable, lambda: self.flush(connection))
             return
         connection.answer = None
         if connection.gone:
@@ -6479,10 +6519,11 @@ class Front:
             elif answer and answer.beating and now - connection.wrote > BEAT_S:
                 connection.beat(answer)
             elif connection.state == "head":
-                if not connection.buffer and (idle > KEEP_S or self.server.draining):
+                if not connection.buffer and idle > (1 if self.server.draining else KEEP_S):
                     self.drop(connection)
             elif connection.state == "linger" and (
-                    idle > LINGER_S or now - connection.wrote > BODY_S):
+                    idle > LINGER_S or now - connection.wrote > BODY_S) or \
+                    connection.state == "flush" and now - connection.wrote > WRITE_S:
                 self.drop(connection)
         for answer in [answer for answer in self.waiting if answer.connection.gone
                        or now - answer.started > QUEUE_S]:
@@ -6492,6 +6533,8 @@ class Front:
     def drain(self):
         """Stop taking connections; what is under way is finished, then `serve` returns."""
         self.server.draining = True
+        if not self.paused:
+            self.accept()  # those that wait get a 503, and no reset
         with contextlib.suppress(KeyError, ValueError):
             self.selector.unregister(self.listener)
         self.listener.close()
@@ -6984,7 +7027,7 @@ def calling_options(parser):
     group.add_argument("--replay", metavar="FILE",
                        help="answer from such a file; only what is not in it is asked and paid")
     group.add_argument("--no-history", action="store_true", help="keep nothing on disk")
-    parser.add_argument("--json", action="store_true", help="the response object of the server")
+    parser.add_argument("--json", action="store_true", help="what goes to stdout as JSON")
     talking_options(parser)
 
 
@@ -7034,10 +7077,17 @@ def make_server(args, config, network, log, debug=lambda error: None, tape=None)
     near = args.host in ("localhost", "::1") or re.fullmatch(r"127(\.\d+){3}", args.host)
     if not (near or tokens or args.insecure_no_auth):
         raise UsageError("%s can be reached by others, and no key protects the server" % args.host,
-                         "export FUSION_SERVER_KEY=..., or --insecure-no-auth")
-    if args.max_body < 1 or args.max_requests < 1:
-        raise UsageError("--max-body and --max-requests take a number from 1 on",
-                         "%s serve --help" % PROGRAM)
+                         "export FUSION_SERVER_KEY=$(openssl rand -hex 24)   # or, for a closed "
+                         "network, --insecure-no-auth")
+    for option, good, wanted in (
+            ("max-body", args.max_body > 0, "a number from 1 on"),
+            ("max-requests", args.max_requests > 0, "a number from 1 on"),
+            ("cors", all(re.fullmatch(r"https?://[^/*]+", origin) for origin in args.cors),
+             "an origin such as https://app.example.org"),
+            ("allow-host", all(re.fullmatch(r"[\w.-]+", name) for name in args.allow_host),
+             "a name such as fusion.example.org")):
+        if not good:
+            raise UsageError("--%s takes %s" % (option, wanted), "%s serve --help" % PROGRAM)
     presets = {re.sub(r"\.json$", "", config.source): config}
     backend = config.backend if config.backend.fake else None
     for name in filter(None, map(str.strip, args.presets.split(","))):
@@ -7058,8 +7108,13 @@ def run_serve(args, screen):
     args.estimate = args.workers > 1  # checks everything without a thread, which no fork survives
     config, network = configured(args), Network()
     if not args.replay:
-        require_keys(all_members(config))
+        require_keys(all_members(config), "serve --fake")
     make_server(args, config, network, None)
+    asked = [urlsplit(member.backend.url).port for member in all_members(config)
+             if member.backend.loopback] + [config.backend.loopback and
+                                            urlsplit(config.backend.url).port]
+    if args.port and args.port in asked:
+        raise UsageError("port %d is the backend's" % args.port, "%s serve --port 8001" % PROGRAM)
     listener, lifeline = listen_on(args.host, args.port), None
 
     def begin():
@@ -7074,7 +7129,7 @@ def run_serve(args, screen):
     try:
         config = with_auto_panel(config, network)
     except BackendError as error:  # it may come up later; every request looks again
-        screen.say("note: %s" % error.message)
+        screen.say("note: %s; hint: %s" % (error.message, error.hint))
 
     say = start_log(screen)
 
@@ -7084,7 +7139,9 @@ def run_serve(args, screen):
         elif not args.quiet:
             first = [str(fields.pop(key)) for key in ("time", "client", "method", "path",
                                                       "status")]
-            say(" ".join(first + ["%s=%s" % pair for pair in fields.items()]))
+            say(" ".join(first + ["%s=%s" % (key, json.dumps(value, ensure_ascii=False)
+                                             if " " in str(value) else value)
+                                  for key, value in fields.items() if value not in ("", None)]))
 
     def debug(error):
         import traceback
@@ -7139,7 +7196,8 @@ def fork_workers(count, listener, screen, begin):
 
     def stop(number, frame=None):
         stopping.append((number, time.monotonic()))
-        again = stopping[-1][1] - stopping[0][1] > TWICE_S
+        again = len(stopping) > 1 and number == signal.SIGINT or \
+            stopping[-1][1] - stopping[0][1] > TWICE_S
         for worker in list(started):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(worker, signal.SIGKILL if again else signal.SIGTERM)
@@ -7159,11 +7217,15 @@ def fork_workers(count, listener, screen, begin):
         if not started:
             break
         worker, status = os.wait()
-        codes.append(os.WEXITSTATUS(status) if os.WIFEXITED(status) else 1)
-        at_once = time.monotonic() - started.pop(worker, 0.0) < 2.0
+        lived = time.monotonic() - started.pop(worker, 0.0)
+        if stopping or lived < 2.0:
+            codes.append(os.WEXITSTATUS(status) if os.WIFEXITED(status) else 1)
         if not stopping:
-            screen.say("a worker ended with code %d" % codes[-1])
-            if at_once:
+            screen.say("worker %d ended (%s %d) after %.1f s; %s" % (
+                worker, "code" if os.WIFEXITED(status) else "signal", os.WEXITSTATUS(status)
+                if os.WIFEXITED(status) else os.WTERMSIG(status), lived,
+                "the others stop too" if lived < 2.0 else "another one starts"))
+            if lived < 2.0:
                 stop(signal.SIGTERM)
     listener.close()
     return 130 if stopping[0][0] == signal.SIGINT else max(codes), None
@@ -7176,12 +7238,21 @@ def announce(args, config, listener, screen):
     url = "http://%s:%d/v1" % ("[%s]" % host if ":" in host else host, port)
     if not args.quiet:
         panel = ", ".join(slot.name for slot in panel_slots(config)) or "what the backend lists"
+        screen.say("fusion.py %s, %s%s" % (VERSION, config.source, " (fake: nothing is billed)"
+                                           if config.backend.fake else ""))
         screen.say("panel %s; judge %s; writer %s" % (
             panel, config.judge.name if config.judge else "the first",
             config.writer.name if config.synthesizer else "the first"))
-        screen.say("curl %s/chat/completions -H 'Content-Type: application/json' -d "
+        if config.panel and config.max_cost_usd is not None:
+            cuts = within_budget(config, [user("hello")], None, config.max_cost_usd)[1]
+            if cuts:
+                screen.say("note: $%g a request leaves no room for the panel: %s" % (
+                    config.max_cost_usd, ", ".join(cuts)))
+        key = " -H \"Authorization: Bearer $FUSION_SERVER_KEY\"" \
+            if read_env(args.env_file).get("FUSION_SERVER_KEY") else ""
+        screen.say("curl %s/chat/completions%s -H 'Content-Type: application/json' -d "
                    "'{\"model\": \"%s\", \"messages\": [{\"role\": \"user\", "
-                   "\"content\": \"hello\"}]}'" % (url, config.name))
+                   "\"content\": \"hello\"}]}'" % (url, key, config.name))
     screen.data(json.dumps({"url": url}) if args.json else url)
 
 
@@ -7203,8 +7274,9 @@ def attend(front, screen, lifeline, begin):
             terminate()
         if (terms or screen.interrupts.count) and not front.server.draining:
             front.drain()
-            screen.say("stopping: %s to be finished; once more to stop at once"
-                       % plural(front.running + len(front.waiting), "request"))
+            if front.running:
+                screen.say("stopping: %s to be finished; once more to stop at once"
+                           % plural(front.running + len(front.waiting), "request"))
 
     signal.signal(signal.SIGTERM, terminate)
     screen.interrupts.driving = True
