@@ -67,7 +67,7 @@ import contextlib
 import copy
 import dataclasses
 import fnmatch
-import io
+import functools
 import itertools
 import json
 import math
@@ -89,6 +89,7 @@ VERSION = "0.1.0"
 MAX_TEXT = 4_000_000        # bytes of text in one prompt: about the largest context window, twice
 MAX_IMAGE = 20_000_000      # bytes of one image file, the common limit of hosted models
 MAX_REPLY = 32_000_000      # bytes of one upstream answer; no honest answer comes near it
+CREW_S = 1.0                # a thread without work ends after so long
 SLICE_S = 0.1               # how often waiting looks at cancel, hurry and deadlines
 MAX_CALLS = 48              # planned upstream calls that one request may ask for
 MAX_DEPTH = 100             # nesting of JSON; tool schemas reach about 20
@@ -198,23 +199,52 @@ def did_you_mean(word, known):
     return "known: %s" % clip(", ".join(sorted(map(str, known))), 300)
 
 
-def spawn(fn, *args):
-    """Run fn(*args) on a daemon thread and return its Future.
+class Crew:
+    """Daemon threads that run functions; those that are done wait a while for the next one.
 
-    Daemon threads and not an executor: an executor joins its workers when the interpreter
-    exits, so that Ctrl-C would wait for the slowest model.
+    Daemon threads and not an executor: an executor joins its workers when the interpreter exits,
+    so that Ctrl-C would wait for the slowest model. Kept and not started anew each time: starting
+    one was measured to cost as much as parsing a whole answer.
     """
-    from concurrent.futures import Future
-    future = Future()
 
-    def work():
+    def __init__(self):
+        self.idle = []
+
+    def spawn(self, fn, *args):
+        """Run fn(*args) on a thread and return its Future."""
+        from concurrent.futures import Future
+        job = (Future(), fn, args)
         try:
-            future.set_result(fn(*args))
-        except BaseException as error:  # boundary: the thread; whoever asks for the result gets it
-            future.set_exception(error)
+            thread = self.idle.pop()
+            thread.append(job)
+            thread[0].release()
+        except IndexError:  # all are at work
+            threading.Thread(target=self.work, args=(job,), daemon=True).start()
+        return job[0]
 
-    threading.Thread(target=work, daemon=True).start()
-    return future
+    def work(self, job):
+        """Run a job, then those that come within CREW_S of the last one."""
+        bell = threading.Lock()
+        bell.acquire()
+        thread = [bell]
+        while job:
+            future, fn, args = job
+            try:
+                future.set_result(fn(*args))
+            except BaseException as error:  # boundary: the thread; who asks for the result gets it
+                future.set_exception(error)
+            del job, future, fn, args
+            self.idle.append(thread)
+            if not bell.acquire(timeout=CREW_S):
+                try:
+                    self.idle.remove(thread)
+                    return
+                except ValueError:  # a job is on its way after all
+                    bell.acquire()
+            job = thread.pop()
+
+
+spawn = Crew().spawn
 
 
 def wait_for(futures, seconds):
@@ -1364,7 +1394,8 @@ def with_overrides(config, wanted, served=None):
     for key in ("panel", "judge", "synthesizer"):
         if key in values:
             values[key] = requested_members(config, key, values[key])
-    config = changed(config, values, "request")
+    if values:
+        config = changed(config, values, "request")
     bound_calls(config)
     return config, options
 
@@ -1484,6 +1515,7 @@ ALONE = ("solo", "tool_loop")  # modes in which the synthesizer is the only one 
 LOCAL_PRICE = Price(0.0, 0.0, 0.0, (), "local")
 
 
+@functools.lru_cache(maxsize=1000)
 def table_slug(model):
     """Return the slug of the price table for a model, or None.
 
@@ -1774,9 +1806,9 @@ class Network:
                 if not self.idle.get(place):
                     return None
                 connection, since = self.idle[place].pop()
-            if time.monotonic() - since < KEEP_IDLE_S and not ready(connection.sock.plain):
+            if time.monotonic() - since < KEEP_IDLE_S and not ready(connection.plain):
                 return connection
-            connection.sock.plain.close()
+            connection.plain.close()
 
     def give(self, place, connection):
         """Keep a connection whose answer was read to its end."""
@@ -1784,7 +1816,7 @@ class Network:
         with self.lock:
             kept = self.idle.setdefault(place, [])
             while kept and now - kept[0][1] > KEEP_IDLE_S:
-                kept.pop(0)[0].sock.plain.close()
+                kept.pop(0)[0].plain.close()
             kept.append((connection, now))
 
     def close(self):
@@ -1792,7 +1824,7 @@ class Network:
         with self.lock:
             kept, self.idle = self.idle, {}
         for connection, _ in itertools.chain.from_iterable(kept.values()):
-            connection.sock.plain.close()
+            connection.plain.close()
 
     def tls(self):
         """Return the one TLS context, made when first needed: loading the CA store is slow."""
@@ -1897,49 +1929,146 @@ def hung_up(sock):
 
 
 class Wire:
-    """A socket as http.client uses it, on which every single read and write keeps one deadline.
+    """A connection to a backend, in HTTP/1.1; every single read and write keeps one deadline.
 
-    A timeout of the socket itself counts anew with each byte that drips in. `until` is a moment
-    of time.monotonic, `idle` the longest silence in seconds.
+    Written by hand since http.client was measured to cost a quarter of the processor time of a
+    request; and a timeout of the socket itself counts anew with each byte that drips in. `until`
+    is a moment of time.monotonic, `idle` the longest silence in seconds. `left` counts the bytes
+    of the body, or of its chunk, that are to come; None means until the connection ends.
     """
+
+    SIZE = re.compile(rb"([0-9a-fA-F]{1,8})[ \t]*(?:;.*)?")
+    STATUS = re.compile(rb"HTTP/1\.([01]) +([1-9]\d\d)(?!\d)")
 
     def __init__(self, plain, until):
         self.plain = plain
         self.until = until
         self.idle = math.inf
+        self.given = math.inf
+        self.prefix, self.extra = "", {}
+        self.buffer = bytearray()
+        self.headers = {}
+        self.left = 0
+        self.chunked = self.ending = self.keeps = False
 
     def hurry(self):
         """Give the socket the time that is left for its next step. Raises socket.timeout."""
         left = min(self.idle, self.until - time.monotonic())
         if left <= 0:
             raise socket.timeout("the deadline is over")
-        self.plain.settimeout(left)
+        if not left <= self.given < left + 0.05:  # each setting is a system call
+            self.plain.settimeout(left)
+            self.given = left
         return self.plain
 
-    def sendall(self, data):
-        rest = memoryview(data)
+    def send(self, method, target, headers, body=b""):
+        """Send a request in one piece."""
+        if re.search(r"[\x00-\x20\x7f]", target):
+            raise ValueError("the address holds blanks or control characters")
+        lines = ["%s %s HTTP/1.1" % (method, target)]
+        lines += ["%s: %s" % pair for pair in headers.items()]
+        rest = memoryview("\r\n".join(lines + ["", ""]).encode("latin-1") + body)
         while rest:
             rest = rest[self.hurry().send(rest):]
 
-    def makefile(self, mode):
-        return io.BufferedReader(WireReader(self), 65536)
+    def more(self):
+        """Wait for more bytes. Raises EOFError when the connection ends."""
+        data = self.hurry().recv(65536)
+        if not data:
+            raise EOFError("the answer ended early")
+        self.buffer += data
 
-    def close(self):
-        pass  # http.client closes before the answer is read; the exchange knows when
+    def line(self):
+        """Return the next line, without its end."""
+        end = self.buffer.find(b"\n")
+        while end < 0:
+            if len(self.buffer) > 65536:
+                raise ValueError("a line has no end")
+            self.more()
+            end = self.buffer.find(b"\n")
+        line = bytes(self.buffer[:end]).rstrip(b"\r")
+        del self.buffer[:end + 1]
+        return line
+
+    def begin(self):
+        """Read the head of the answer and return its status."""
+        self.buffer += self.hurry().recv(65536)
+        if not self.buffer:
+            raise ConnectionResetError("the connection was closed without an answer")
+        status = 100
+        while 100 <= status < 200:  # Continue and the like come before the answer itself
+            start = self.STATUS.match(self.line())
+            if start is None:
+                raise ValueError("this is not HTTP/1.1")
+            status, self.headers = int(start.group(2)), {}
+            line = self.line()
+            while line:
+                if len(self.headers) > 200:
+                    raise ValueError("more than 200 headers")
+                name, _, value = line.decode("latin-1").partition(":")
+                self.headers[name.strip().lower()] = value.strip()
+                line = self.line()
+        known = self.headers.get
+        length, words = known("content-length", ""), known("connection", "").lower()
+        self.chunked = "chunked" in known("transfer-encoding", "").lower()
+        self.ending = False
+        self.left = 0 if self.chunked or status in (204, 304) else \
+            int(length) if re.fullmatch(r"\d{1,18}", length) else None
+        self.keeps = self.left is not None and "close" not in words \
+            and (start.group(1) == b"1" or "keep-alive" in words)
+        return status
+
+    def read(self):
+        """Return what has come of the body, b"" at its end; waits when nothing has come."""
+        if self.chunked:
+            return self.chunks()
+        try:
+            if self.left != 0 and not self.buffer:
+                self.more()
+        except EOFError:
+            if self.left is not None:
+                raise
+            self.left = 0
+        piece = bytes(self.buffer[:self.left])
+        del self.buffer[:len(piece)]
+        if self.left is not None:
+            self.left -= len(piece)
+        return piece
+
+    def chunks(self):
+        """Return what has come of all chunks, b"" at the end of the last."""
+        found = []
+        while not self.ending:
+            if self.left and not self.buffer:
+                if found:
+                    break
+                self.more()
+            elif self.left:
+                piece = bytes(self.buffer[:self.left])
+                del self.buffer[:len(piece)]
+                self.left -= len(piece)
+                found.append(piece)
+            elif found and self.buffer.find(b"\n", 2) < 0:
+                break  # the next size has not come yet
+            else:
+                size = self.SIZE.fullmatch(self.line() or self.line())
+                if size is None:
+                    raise ValueError("a chunk's size is no number")
+                self.left = int(size.group(1), 16)
+                self.ending = not self.left
+        if self.ending and not found:
+            while self.line():
+                pass  # a trailer
+            self.chunked = False
+        return b"".join(found)
 
 
-class WireReader(io.RawIOBase):
-    """The reading end of a Wire."""
-
-    def __init__(self, wire):
-        super().__init__()
-        self.wire = wire
-
-    def readable(self):
-        return True
-
-    def readinto(self, buffer):
-        return self.wire.hurry().recv_into(buffer)
+@functools.lru_cache(maxsize=1000)
+def place_of(url):
+    """Return (path, (scheme, host, port)) of a URL."""
+    parts = urlsplit(url)
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    return parts.path, (parts.scheme, parts.hostname, port)
 
 
 class Exchange:
@@ -1956,13 +2085,9 @@ class Exchange:
         self.complete = False
         self.plain = None
         self.wire = None
-        self.connection = None
-        self.response = None
-        self.proxy, self.prefix, self.extra = None, "", {}
-        parts = urlsplit(backend.url)
-        self.path = parts.path
-        self.place = (parts.scheme, parts.hostname,
-                      parts.port or (443 if parts.scheme == "https" else 80))
+        self.status = None
+        self.proxy = None
+        self.path, self.place = place_of(backend.url)
         cancel.attach(self)
 
     def shut(self, reason):
@@ -1979,36 +2104,37 @@ class Exchange:
 
     def open(self, method, path, body=None, headers=None):
         """Send the request and return the answer's status; its body is read with `read`."""
-        self.connection = self.network.take(self.place)
-        reused = self.connection is not None
-        with self.failing():
+        self.wire = self.network.take(self.place)
+        reused = self.wire is not None
+        try:
             try:
                 self.ask(method, path, body, headers)
             except (ConnectionError, EOFError):
                 if not reused or self.ended:
                     raise
                 self.plain.close()  # it had gone stale while it was idle: once more, afresh
-                self.connection = None
+                self.wire = None
                 self.ask(method, path, body, headers)
-        return self.response.status
+        except (OSError, EOFError, ValueError) as error:
+            raise self.failure(error)
+        return self.status
 
     def ask(self, method, path, body, headers):
-        if self.connection is None:
+        if self.wire is None:
             self.connect()
-        self.wire = self.connection.sock
         self.wire.until = self.until
         self.plain = self.wire.plain
         self.stop_if_ended()
         self.sent = True
-        prefix, extra = self.connection.by_proxy
-        self.connection.request(method, prefix + self.path + path, body,
-                                dict(headers or {}, **extra))
-        self.response = self.connection.getresponse()
+        fields = dict({"Host": self.host()}, **headers or {}, **self.wire.extra)
+        if body is not None:
+            fields["Content-Length"] = len(body)
+        self.wire.send(method, self.wire.prefix + self.path + path, fields, body or b"")
+        self.status = self.wire.begin()
         self.stop_if_ended()
 
     def connect(self):
         """Open a connection of our own, so that the whole of it has one deadline."""
-        from http.client import HTTPConnection
         scheme, host, port = self.place
         proxy = self.proxy = self.network.proxy(scheme, host, port)
         until = min(self.until, self.started + CONNECT_S)
@@ -2028,27 +2154,26 @@ class Exchange:
         self.plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if proxy and scheme == "https":
             self.tunnel(Wire(self.plain, until), proxy)
-        elif proxy:
-            self.prefix = "http://" + self.authority()
-            self.extra = proxy_headers(proxy)
         if scheme == "https":
             self.plain = self.network.tls().wrap_socket(
                 self.plain, server_hostname=host, do_handshake_on_connect=False)
             Wire(self.plain, until).hurry().do_handshake()
-        self.connection = HTTPConnection(host, port)
-        self.connection.sock = Wire(self.plain, self.until)
-        self.connection.by_proxy = (self.prefix, self.extra)
+        self.wire = Wire(self.plain, self.until)
+        if proxy and scheme == "http":
+            self.wire.prefix, self.wire.extra = "http://" + self.authority(), proxy_headers(proxy)
 
     def tunnel(self, wire, proxy):
         """Have the proxy connect us to an https host; TLS then runs between us and that host."""
-        from http.client import HTTPResponse
-        lines = ["CONNECT %s HTTP/1.1" % self.authority(), "Host: " + self.authority()]
-        lines += ["%s: %s" % pair for pair in proxy_headers(proxy).items()]
-        wire.sendall("\r\n".join(lines + ["", ""]).encode("latin-1"))
-        response = HTTPResponse(wire, method="CONNECT")
-        response.begin()
-        if response.status != 200:
-            raise proxy_error(proxy, response.status, "https")
+        wire.send("CONNECT", self.authority(),
+                  dict({"Host": self.authority()}, **proxy_headers(proxy)))
+        status = wire.begin()
+        if status != 200:
+            raise proxy_error(proxy, status, "https")
+
+    def host(self):
+        """Return the backend's host, with its port where that is not the usual one."""
+        usual = {"http": 80, "https": 443}[self.place[0]]
+        return self.authority().rpartition(":")[0] if self.place[2] == usual else self.authority()
 
     def authority(self):
         """Return host:port of the backend, as a proxy is told it."""
@@ -2068,44 +2193,38 @@ class Exchange:
 
     def read(self, idle=IDLE_S):
         """Return the next piece of the body, b"" at its end; at most `idle` seconds later."""
-        with self.failing():
+        try:
             self.stop_if_ended()
             self.wire.idle = idle
-            piece = self.response.read1(65536)
+            piece = self.wire.read()
             self.stop_if_ended()
-            if not piece and self.response.length:
-                raise EOFError("the answer ended early")
-            self.complete = not piece
-            return piece
+        except (OSError, EOFError, ValueError) as error:
+            raise self.failure(error)
+        self.complete = not piece
+        return piece
 
     def stop_if_ended(self):
         if self.ended:
             raise EOFError(self.ended)
 
-    @contextlib.contextmanager
-    def failing(self):
-        """Turn what sockets and http.client raise into Cancelled or CallError."""
-        from http.client import HTTPException
-        try:
-            yield
-        except (OSError, HTTPException, EOFError, ValueError) as error:
-            if self.ended:
-                raise Cancelled(self.ended, accepted=self.sent)
-            if isinstance(error, socket.timeout):
-                raise CallError("no complete answer after %.1f s"
-                                % (time.monotonic() - self.started),
-                                kind="timeout", retryable=True, accepted=self.sent)
-            raise connection_error(self.backend, error, self.sent, self.response is not None,
-                                   None if self.sent else self.proxy)
+    def failure(self, error):
+        """Return the Cancelled or CallError for what sockets and wires raise."""
+        if self.ended:
+            return Cancelled(self.ended, accepted=self.sent)
+        if isinstance(error, socket.timeout):
+            return CallError("no complete answer after %.1f s"
+                             % (time.monotonic() - self.started),
+                             kind="timeout", retryable=True, accepted=self.sent)
+        return connection_error(self.backend, error, self.sent, self.status is not None,
+                                None if self.sent else self.proxy)
 
     def close(self):
         """End the exchange; a connection that was read to its end goes back to the pool."""
         plain, self.plain = self.plain, None  # from here on `shut` cannot reach the next user's
         self.cancel.detach(self)
-        if self.complete and not self.ended and self.connection.sock is not None:
-            self.response.close()
+        if self.complete and not self.ended and self.wire.keeps and not self.wire.buffer:
             self.wire.idle = math.inf
-            self.network.give(self.place, self.connection)
+            self.network.give(self.place, self.wire)
         elif plain is not None:
             plain.close()
 
@@ -2167,7 +2286,7 @@ def get_models(network, backend, cancel=None, seconds=10.0, path="/models"):
         status = exchange.open("GET", path, None, request_headers(backend))
         body = b"".join(body_pieces(exchange))
         if status != 200:
-            raise refusal_error(backend, status, body, exchange.response)
+            raise refusal_error(backend, status, body, exchange.wire.headers)
         found = json.loads(body.decode("utf-8", "replace"))
         data = found.get("data") if isinstance(found, dict) else found
         return [model for model in (data or [] if path == "/models" else [])
@@ -2187,7 +2306,7 @@ def body_pieces(exchange, patience=lambda: None):
     answer is complete but for what may still follow.
     """
     import zlib
-    packed = (exchange.response.getheader("Content-Encoding") or "").lower() in ("gzip", "deflate")
+    packed = exchange.wire.headers.get("content-encoding", "").lower() in ("gzip", "deflate")
     unpack = zlib.decompressobj(47).decompress if packed else bytes
     size = 0
     while True:
@@ -2350,9 +2469,10 @@ class Assembler:
         if payload.get("error"):
             self.error = payload["error"]
         self.model = self.model or str(payload.get("model") or "")
-        groq = payload.get("x_groq")
-        self.usage = usage_of(payload.get("usage")) or \
-            usage_of(groq.get("usage") if isinstance(groq, dict) else None) or self.usage
+        if payload.get("usage") or payload.get("x_groq"):
+            groq = payload.get("x_groq")
+            self.usage = usage_of(payload.get("usage")) or \
+                usage_of(groq.get("usage") if isinstance(groq, dict) else None) or self.usage
         choices = payload.get("choices")
         for choice in choices if isinstance(choices, list) else []:
             if isinstance(choice, dict) and choice.get("index") in (0, None):
@@ -2538,7 +2658,7 @@ TOLD = {"rate": (429, "rate_limit_exceeded"), "context": (400, "context_length_e
         "request": (400, "invalid_request_error")}  # kinds that a client of ours can act upon
 
 
-def refusal_error(backend, status, body, response):
+def refusal_error(backend, status, body, headers):
     """Return the CallError for an answer whose status is not 200."""
     words = body.decode("utf-8", "replace").strip()
     try:
@@ -2546,10 +2666,10 @@ def refusal_error(backend, status, body, response):
     except (ValueError, RecursionError):
         html = words.startswith("<")
         message, code, param = "an HTML page" if html else words, None, None
-    after = retry_after(response.getheader("Retry-After")) if response is not None else None
+    after = retry_after(headers.get("retry-after"))
     if 300 <= status < 400:
         message = "a redirect to %s, which is not followed" % clip(
-            response.getheader("Location") or "nowhere", 100)
+            headers.get("location") or "nowhere", 100)
     return status_error(backend, status, message, code, param, retry_after=after)
 
 
@@ -2896,7 +3016,7 @@ class Call:
                 raise proxy_error(exchange.proxy, status, "http")
             if status != 200:
                 raise refusal_error(backend, status, b"".join(body_pieces(exchange)),
-                                    exchange.response)
+                                    exchange.wire.headers)
             read_answer(exchange, assembler)
         finally:
             exchange.close()
@@ -3926,7 +4046,7 @@ def findings(analysis, tag):
     held = {name: value for name, value in vars(analysis).items()
             if value and name != "unsupported"}
     return FINDINGS.format(tag=tag, analysis=untagged(
-        json.dumps(held, ensure_ascii=False, indent=1), tag))
+        json.dumps(held, ensure_ascii=False), tag))
 
 
 def public_analysis(analysis, drafts):
@@ -4554,7 +4674,8 @@ def planned(config, messages, run, params, replaying, choices):
             run.tape.write(run, {"panel": [member.model for member in config.panel]})
     bound_calls(config, choices)
     mode, why = depth_of(config, messages, params)
-    config = dataclasses.replace(config, mode=mode)
+    if mode != config.mode:
+        config = dataclasses.replace(config, mode=mode)
     asked = config.synthesizer if mode in ALONE else config.panel + config.spares
     if all(map(run.network.resting, asked)) and not replaying:
         run.network.admit(asked[0])
@@ -5240,10 +5361,10 @@ def read_chat(body):
         object_value(body)
         with inside("messages"):
             list_of(message_value, 1, 100_000)(body.get("messages"))
-        for key, check in ANSWER_PARAMS.items():
+        for key in [key for key in ANSWER_PARAMS if body.get(key) is not None]:
             with inside(key):
-                value = None if body.get(key) is None else check(body[key])
-            if value is not None and value != []:
+                value = ANSWER_PARAMS[key](body[key])
+            if value not in (None, []):
                 params[key] = value
         with inside("model"):
             model = one_line(0, 300)(body.get("model") or "")
@@ -5362,12 +5483,15 @@ def error_object(error, degraded=()):
     return found
 
 
+COMPACT = json.JSONEncoder(ensure_ascii=False).encode
+
+
 def sse(payload):
     """Return the bytes of one event of a stream that has no name.
 
     Line separators of Unicode stand in it as escapes: some clients take them for line ends.
     """
-    text = json.dumps(payload, ensure_ascii=False)
+    text = COMPACT(payload)
     if not text.isascii():
         for mark in "\x85\u2028\u2029":
             text = text.replace(mark, "\\u%04x" % ord(mark))
@@ -5843,7 +5967,7 @@ class Answer:
     def write(self, data):
         """Send bytes; within the front's own thread, without waiting for the client."""
         self.size += len(data)
-        inline = threading.current_thread() is self.server.thread
+        inline = threading.get_ident() == self.server.thread
         self.lost = not self.connection.write(data, 0.0 if inline else None) or self.lost
 
     def fail(self, error, degraded=()):
@@ -6234,7 +6358,7 @@ class Server:
             if answer.status:
                 answer.piece(answer.stream.take(event))
 
-        run.listener = listen
+        run.listener = listen if request.stream or traced else None
         result = fuse(config, request.messages, run, request.params)
         receipt = result.receipt
         if answer.stream:
@@ -6298,7 +6422,7 @@ class Front:
 
     def serve(self, watch=lambda: None):
         """Serve until the server is drained or stopped; `watch` is called at every tick."""
-        self.server.thread = threading.current_thread()
+        self.server.thread = threading.get_ident()
         due = 0.0
         while not (self.stopped or self.server.draining and not self.connections):
             for key, _ in self.selector.select(TICK_S):
@@ -7167,8 +7291,13 @@ def start_log(screen):
 
     def write():
         while True:
-            screen.say(lines.get())
-            lines.task_done()
+            found = [lines.get()]
+            time.sleep(0.02)  # under load, many lines are one write
+            while not lines.empty():
+                found.append(lines.get())
+            screen.tell("".join(clean_line(line) + "\n" for line in found))
+            for _ in found:
+                lines.task_done()
 
     def say(line):
         with contextlib.suppress(queue.Full):

@@ -1301,8 +1301,10 @@ def test_a_request_behind_the_last_one_is_refused_when_the_server_stops(serving,
 # ---- what the system refuses ------------------------------------------------------------------
 
 @pytest.fixture
-def threadless(monkeypatch):
-    """A list of how often the front's next attempts to start a thread fail."""
+def threadless(monkeypatch, fusion):
+    """A list of how often the front's next attempts to start a thread fail; none waits for work."""
+    monkeypatch.setattr(fusion, "CREW_S", 0.0)
+    assert until(lambda: not fusion.spawn.__self__.idle)
     failures, start = [], threading.Thread.start
 
     def refusing(thread):
