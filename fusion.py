@@ -71,6 +71,7 @@ import functools
 import itertools
 import json
 import math
+import operator
 import os
 import re
 import select
@@ -92,6 +93,7 @@ MAX_REPLY = 32_000_000      # bytes of one upstream answer; no honest answer com
 CREW_S = 1.0                # a thread without work ends after so long
 SLICE_S = 0.1               # how often waiting looks at cancel, hurry and deadlines
 MAX_CALLS = 48              # planned upstream calls that one request may ask for
+MAX_KNOWN = 5000            # names of strangers that any table of the process remembers
 MAX_DEPTH = 100             # nesting of JSON; tool schemas reach about 20
 PROGRAM = "python3 fusion.py"
 
@@ -193,7 +195,7 @@ def did_you_mean(word, known):
     """Return `did you mean X?`, or the list of what is known when nothing is near."""
     import difflib
     lowered = {str(name).lower(): name for name in known}
-    found = difflib.get_close_matches(str(word).lower(), list(lowered), 1, 0.6)
+    found = difflib.get_close_matches(str(word)[:200].lower(), list(lowered)[:1000], 1, 0.6)
     if found:
         return "did you mean %s?" % lowered[found[0]]
     return "known: %s" % clip(", ".join(sorted(map(str, known))), 300)
@@ -245,6 +247,12 @@ class Crew:
 
 
 spawn = Crew().spawn
+
+
+def let_end(futures):
+    """Wait until work that was cut off has ended and is in the ledger; a second at most."""
+    from concurrent.futures import wait
+    wait(futures, 1.0)
 
 
 def wait_for(futures, seconds):
@@ -620,7 +628,6 @@ class Backend(NamedTuple):
 
     @property
     def host(self):
-        """The host name, in lower case."""
         return urlsplit(self.url).hostname or ""
 
     @property
@@ -757,6 +764,11 @@ class Usage(NamedTuple):
     def total(self):
         """Prompt and completion tokens."""
         return self.prompt + self.completion
+
+    def plus(self, *others):
+        """Return the sum of usages; it is estimated if one of them is, and its cost is left out."""
+        tokens = map(sum, zip(self[:4], *(usage[:4] for usage in others)))
+        return Usage(*tokens, None, any(usage.estimated for usage in (self,) + others))
 
 
 class Reply(NamedTuple):
@@ -907,7 +919,6 @@ class Cancel:
             self.parent.detach(self)
 
     def check(self):
-        """Raise Cancelled if the switch is set."""
         if self.reason is not None:
             raise Cancelled(self.reason)
 
@@ -922,6 +933,10 @@ class Run:
     `owner`, or None; `offered` are the client's own tools, which the writer alone may call.
     """
 
+    offered = seat = None
+    choice = seed = 0
+    stage = ""
+
     def __init__(self, config, network, ledger, listener=None, registry=None,
                  clock=time.monotonic, depth=0, live=False, tape=None, advice=None, owner=""):
         self.config = config
@@ -932,17 +947,12 @@ class Run:
         self.clock = clock
         self.depth = depth
         self.live = live
-        self.choice = 0
         self.shown = set()
         self.tape = tape
         self.advice = advice
         self.owner = owner
-        self.offered = None
-        self.seat = None
-        self.stage = ""
         self.id = new_id("run-")
         self.tag = os.urandom(6).hex()
-        self.seed = 0
         self.started = clock()
         self.deadline = self.started + config.timeout_s
         self.cancel = Cancel()
@@ -952,7 +962,6 @@ class Run:
         self.lock = threading.RLock()
 
     def branch(self, **changes):
-        """Return a view of this run with some attributes of its own."""
         view = copy.copy(self)
         vars(view).update(changes)
         return view
@@ -1423,9 +1432,8 @@ def requested_members(config, key, value):
     found = []
     for name in names:
         member = named_member(config, name)
-        configured = any(member == other for other in all_members(config))
-        if not configured and not any(fnmatch.fnmatchcase(name, pattern)
-                                      for pattern in config.allow_models):
+        if member not in all_members(config) and not any(
+                fnmatch.fnmatchcase(name, pattern) for pattern in config.allow_models):
             raise request_error(key, "may not name %s (allow_models)" % name)
         found.append(member)
     return found[0] if key == "judge" else tuple(found)
@@ -1630,33 +1638,15 @@ class Ledger:
             if not exact:
                 self.held += max(0.0, amount - (cost or 0.0))
 
-    def record(self, record):
-        """Add one call to the receipt."""
-        with self.lock:
-            self.records.append(record)
-
-
-class Spending(NamedTuple):
-    """The sum of some call records."""
-
-    usage: Usage
-    cost_usd: Optional[float]
-    source: str
-
 
 def add_up(records):
-    """Return the Spending of call records; a cost that is unknown makes the sum unknown."""
-    usage = Usage(sum(record.usage.prompt for record in records),
-                  sum(record.usage.completion for record in records),
-                  sum(record.usage.cached for record in records),
-                  sum(record.usage.reasoning for record in records),
-                  None, any(record.usage.estimated for record in records))
+    """Return (Usage, USD, source) of call records; an unknown cost makes the sum unknown, None."""
+    usage = Usage().plus(*(record.usage for record in records))
     sources = {record.source for record in records if record.source != "none"}
     if any(record.cost_usd is None for record in records):
-        return Spending(usage, None, "unknown")
-    cost = sum(record.cost_usd for record in records)
-    return Spending(usage, cost, sources.pop() if len(sources) == 1 else
-                    "mixed" if sources else "unknown")
+        return usage, None, "unknown"
+    return usage, sum(record.cost_usd for record in records), \
+        sources.pop() if len(sources) == 1 else "mixed" if sources else "unknown"
 
 
 class Planned(NamedTuple):
@@ -1713,18 +1703,17 @@ def total_of(plan):
 
 
 def cheaper(config):
-    """Return (config, what was cut) one step down the ladder, or None at its end.
+    """Return (config, what was cut) one step down the ladder, with None at its end.
 
     refine off, samples 1, layers 1, fewer members (from the end, down to two), solo.
     """
     if config.refine:
         return dataclasses.replace(config, refine=False), "refine off"
     if config.mode in ALONE:
-        return None
-    if config.samples > 1:
-        return dataclasses.replace(config, samples=1), "samples 1"
-    if config.layers > 1:
-        return dataclasses.replace(config, layers=1), "layers 1"
+        return config, None
+    for key in ("samples", "layers"):
+        if getattr(config, key) > 1:
+            return dataclasses.replace(config, **{key: 1}), key + " 1"
     if len(config.panel) > 2:
         left = config.panel[:-1]
         return dataclasses.replace(config, panel=left), "%s left out" % config.panel[-1].name
@@ -1743,12 +1732,11 @@ def within_budget(config, messages, writer_cap, left, choices=1):
         high = sum(item.high or 0.0 for item in plan)
         if high <= left:
             break
-        step = cheaper(config)
-        if step is None:
+        config, cut = cheaper(config)
+        if cut is None:
             raise LimitError("even one call may cost $%.4f; the ceiling leaves $%.4f"
                              % (high, left), "--max-cost %.2f would allow it" % (high + 0.01))
-        config = step[0]
-        cuts.append(step[1])
+        cuts.append(cut)
     return config, cuts
 
 
@@ -1820,7 +1808,6 @@ class Network:
             kept.append((connection, now))
 
     def close(self):
-        """Close all idle connections."""
         with self.lock:
             kept, self.idle = self.idle, {}
         for connection, _ in itertools.chain.from_iterable(kept.values()):
@@ -1840,6 +1827,8 @@ class Network:
 
     def learnt(self, member):
         """Return {lesson: why} of what this backend and model refused so far."""
+        if len(self.lessons) > MAX_KNOWN:
+            self.lessons.clear()
         return self.lessons.setdefault((member.backend.url, member.model), {})
 
     def resting(self, member):
@@ -1848,7 +1837,6 @@ class Network:
         return max(0.0, until - time.monotonic()) if count >= BREAKER_CALLS else 0.0
 
     def admit(self, member):
-        """Raise CallError while a model is left alone."""
         wait = self.resting(member)
         if wait:
             raise CallError("its last %d calls failed; it is asked again in %.0f s"
@@ -2074,20 +2062,18 @@ def place_of(url):
 class Exchange:
     """One HTTP request and its answer, ended from any thread by `shut`."""
 
+    ended = plain = wire = status = proxy = None
+    sent = complete = False
+
     def __init__(self, network, backend, cancel, seconds):
         self.network = network
         self.backend = backend
         self.cancel = cancel
         self.started = time.monotonic()
         self.until = self.started + seconds
-        self.ended = None
-        self.sent = False
-        self.complete = False
-        self.plain = None
-        self.wire = None
-        self.status = None
-        self.proxy = None
         self.path, self.place = place_of(backend.url)
+        scheme, host, port = self.place
+        self.authority = "%s:%d" % ("[%s]" % host if ":" in host else host, port)
         cancel.attach(self)
 
     def shut(self, reason):
@@ -2160,12 +2146,12 @@ class Exchange:
             Wire(self.plain, until).hurry().do_handshake()
         self.wire = Wire(self.plain, self.until)
         if proxy and scheme == "http":
-            self.wire.prefix, self.wire.extra = "http://" + self.authority(), proxy_headers(proxy)
+            self.wire.prefix, self.wire.extra = "http://" + self.authority, proxy_headers(proxy)
 
     def tunnel(self, wire, proxy):
         """Have the proxy connect us to an https host; TLS then runs between us and that host."""
-        wire.send("CONNECT", self.authority(),
-                  dict({"Host": self.authority()}, **proxy_headers(proxy)))
+        wire.send("CONNECT", self.authority,
+                  dict({"Host": self.authority}, **proxy_headers(proxy)))
         status = wire.begin()
         if status != 200:
             raise proxy_error(proxy, status, "https")
@@ -2173,12 +2159,7 @@ class Exchange:
     def host(self):
         """Return the backend's host, with its port where that is not the usual one."""
         usual = {"http": 80, "https": 443}[self.place[0]]
-        return self.authority().rpartition(":")[0] if self.place[2] == usual else self.authority()
-
-    def authority(self):
-        """Return host:port of the backend, as a proxy is told it."""
-        scheme, host, port = self.place
-        return "%s:%d" % ("[%s]" % host if ":" in host else host, port)
+        return self.authority.rpartition(":")[0] if self.place[2] == usual else self.authority
 
     def addresses(self, host, port, until):
         """Look a host up, on a thread: the system's resolver knows no deadline."""
@@ -2281,10 +2262,11 @@ def request_headers(backend, depth=0):
 
 def get_models(network, backend, cancel=None, seconds=10.0, path="/models"):
     """Return the model objects of GET /models (of another path: []). Raises CallError."""
-    exchange = Exchange(network, backend, cancel or Cancel(), seconds)
     try:
-        status = exchange.open("GET", path, None, request_headers(backend))
-        body = b"".join(body_pieces(exchange))
+        with contextlib.closing(Exchange(network, backend, cancel or Cancel(),
+                                         seconds)) as exchange:
+            status = exchange.open("GET", path, None, request_headers(backend))
+            body = b"".join(body_pieces(exchange))
         if status != 200:
             raise refusal_error(backend, status, body, exchange.wire.headers)
         found = json.loads(body.decode("utf-8", "replace"))
@@ -2295,8 +2277,6 @@ def get_models(network, backend, cancel=None, seconds=10.0, path="/models"):
         raise CallError("%s did not answer with a list of models" % backend.place,
                         "FUSION_BASE_URL should be the API's address, such as https://HOST/v1",
                         kind="protocol")
-    finally:
-        exchange.close()
 
 
 def body_pieces(exchange, patience=lambda: None):
@@ -2338,10 +2318,11 @@ class EventLines:
     passed over, several data lines of one event are joined, a last event needs no blank line.
     """
 
+    rest = b""
+    after_cr = False
+
     def __init__(self):
-        self.rest = b""
         self.data = []
-        self.after_cr = False
 
     def feed(self, piece, last=False):
         """Return the payloads, as bytes, that are complete with this piece of the stream."""
@@ -2367,14 +2348,10 @@ class ThinkFilter:
 
     OPEN = ("<think>", "<thinking>")
     BLANK = re.compile(r"\s*")
-
-    def __init__(self):
-        self.held = ""
-        self.state = "start"
-        self.close = ""
+    held = close = ""
+    state = "start"
 
     def feed(self, piece):
-        """Return (answer, reasoning) that this piece adds."""
         if self.state == "answer":
             return piece, ""
         text, at, thoughts = self.held + piece, 0, []
@@ -2447,20 +2424,17 @@ FINISHES = {"length": "length", "max_tokens": "length", "content_filter": "conte
 class Assembler:
     """Puts a reply together from the chunks of a stream, or from one whole answer."""
 
+    half = ""  # of a surrogate pair that a backend splits over two deltas
+    model = ""
+    finish = usage = logprobs = error = None
+    refused = done = False
+
     def __init__(self, on_delta=None):
         self.on_delta = on_delta
         self.texts = []
-        self.half = ""  # of a surrogate pair that a backend splits over two deltas
         self.thoughts = []
         self.filter = ThinkFilter()
         self.calls = {}
-        self.finish = None
-        self.usage = None
-        self.model = ""
-        self.refused = False
-        self.done = False
-        self.logprobs = None
-        self.error = None
 
     def feed(self, payload):
         """Take one chunk or one whole answer, as parsed JSON."""
@@ -2481,8 +2455,10 @@ class Assembler:
     def take(self, choice, delta):
         if isinstance(choice.get("finish_reason"), str):
             self.finish = choice["finish_reason"]
-        if isinstance(choice.get("logprobs"), dict):
-            self.add_logprobs(choice["logprobs"])
+        logprobs = choice.get("logprobs")
+        if isinstance(logprobs, dict) and isinstance(logprobs.get("content"), list):
+            self.logprobs = self.logprobs or {"content": []}
+            self.logprobs["content"] += logprobs["content"]
         if not isinstance(delta, dict):
             return
         thought = delta.get("reasoning_content") or delta.get("reasoning")
@@ -2527,11 +2503,6 @@ class Assembler:
             arguments = json.dumps(arguments)
         call["arguments"] += arguments if isinstance(arguments, str) else ""
 
-    def add_logprobs(self, found):
-        content = found.get("content")
-        if isinstance(content, list):
-            self.logprobs = self.logprobs or {"content": []}
-            self.logprobs["content"].extend(content)
 
     def reply(self):
         """Return the Reply. Raises CallError when what came is no answer."""
@@ -2729,6 +2700,19 @@ DROPPABLE = ("temperature", "stream_options", "reasoning_effort", "top_p", "seed
              "tool_choice", "response_format")
 
 
+UNSUPPORTED = re.compile(r"unsupported|un(recogni|expected|known)|extra|deprecated|"
+                         r"(not|n't) (support|permit|allow|avail)", re.IGNORECASE)
+
+
+def lasting(tried):
+    """Return the lessons that hold for the next request too.
+
+    A parameter whose value alone was refused, such as one client's broken schema, is not one.
+    """
+    return {lesson: why for lesson, why in tried.items() if UNSUPPORTED.search(why) or
+            lesson != "json_object" and not lesson.startswith("drop ")}
+
+
 def lesson_of(error, body, known):
     """Return what a refusal (400, 422, or a template's 500) teaches about a body, or None.
 
@@ -2777,10 +2761,8 @@ def candidates(error, words, body):
         yield "json_object" if schema else "drop response_format"
     caps = {"max_tokens", "max_completion_tokens"}
     sent = caps & set(body)
-    unknown = re.search(r"unsupported|un(recogni|expected|known)|not (support|permit|allow)|extra",
-                        words)
     if sent and (any(cap in words or cap == named for cap in caps - sent) or
-                 unknown and any(cap in words or cap == named for cap in sent)):
+                 UNSUPPORTED.search(words) and any(cap in words or cap == named for cap in sent)):
         yield "rename_cap"
     for name in DROPPABLE:
         if name in body and (name == named or re.search(r"\b%s\b" % name, words)):
@@ -2868,6 +2850,10 @@ def encoded(body):
 class Call:
     """One call to a model with all its attempts; becomes one line of the receipt."""
 
+    deadline = None
+    attempts = failures = 0
+    usage, cost = Usage(), 0.0
+
     def __init__(self, run, member, messages, role, stream, on_delta, relayed, params):
         self.run = run
         self.member = member
@@ -2880,11 +2866,6 @@ class Call:
         self.lessons = run.network.learnt(member)
         self.tried = {}
         self.started = run.clock()
-        self.deadline = None
-        self.attempts = 0
-        self.failures = 0
-        self.usage = Usage()
-        self.cost = 0.0
         self.sources = set()
         self.shown = []
 
@@ -2905,7 +2886,8 @@ class Call:
                 try:
                     reply = self.attempt(known)
                     status = reply.finish
-                    self.lessons.update(self.tried)  # kept, since they have helped
+                    ours = self.role in ("member", "judge")  # and no value of a client's
+                    self.lessons.update(self.tried if ours else lasting(self.tried))
                     network.report(self.member)
                     return reply
                 except CallError as error:
@@ -3008,9 +2990,9 @@ class Call:
         backend = self.member.backend
         headers = dict(request_headers(backend, self.run.depth))
         headers["Content-Type"] = "application/json"
-        exchange = Exchange(self.run.network, backend, self.run.cancel,
-                            max(0.0, self.deadline - self.run.clock()))
-        try:
+        left = max(0.0, self.deadline - self.run.clock())
+        with contextlib.closing(Exchange(self.run.network, backend, self.run.cancel,
+                                         left)) as exchange:
             status = exchange.open("POST", "/chat/completions", body, headers)
             if status == 407 and exchange.proxy:
                 raise proxy_error(exchange.proxy, status, "http")
@@ -3018,8 +3000,6 @@ class Call:
                 raise refusal_error(backend, status, b"".join(body_pieces(exchange)),
                                     exchange.wire.headers)
             read_answer(exchange, assembler)
-        finally:
-            exchange.close()
         if assembler.error:
             message, code, param = error_words(assembler.error)
             status = code if isinstance(code, int) and 400 <= code < 600 else 500
@@ -3048,11 +3028,7 @@ class Call:
         else:
             cost, source = None, "unknown"
         self.sources.add(source)
-        self.usage = Usage(self.usage.prompt + usage.prompt,
-                           self.usage.completion + usage.completion,
-                           self.usage.cached + usage.cached,
-                           self.usage.reasoning + usage.reasoning,
-                           None, self.usage.estimated or not exact)
+        self.usage = self.usage.plus(usage._replace(estimated=not exact))
         self.cost = None if cost is None or self.cost is None else self.cost + cost
         return cost, exact
 
@@ -3068,7 +3044,7 @@ class Call:
                              "the backend reported no usage")
         source = self.sources.pop() if len(self.sources) == 1 else \
             "mixed" if self.sources else "none"
-        self.run.ledger.record(CallRecord(
+        self.run.ledger.records.append(CallRecord(
             self.member.name, self.role, self.usage, self.cost, source,
             self.run.clock() - self.started, self.attempts, status))
 
@@ -3107,6 +3083,7 @@ class Tape:
             entries = [json.loads(line) for line in file]
         if not entries:
             raise ValueError("it is empty")
+        known = {}
         for entry in entries:
             try:
                 if "panel" in entry:
@@ -3117,12 +3094,12 @@ class Tape:
                     Reply(**entry["reply"]).text.encode("utf-8", "replace")
                 else:
                     CallError(**entry["error"])
-                self.known.setdefault(str(entry["key"]), []).append(entry)
+                known.setdefault(str(entry["key"]), []).append(entry)
             except (TypeError, LookupError, AttributeError):
                 raise ValueError("it holds what is no call")
+        self.known = {key: itertools.cycle(found) for key, found in known.items()}
 
     def key(self, run, call):
-        """Return what a call is known by."""
         import hashlib
         said = json.dumps([call.role, run.seat, call.member.model, call.member.reasoning_effort,
                            call.messages, call.params], sort_keys=True)
@@ -3138,11 +3115,7 @@ class Tape:
     def find(self, key):
         """Return the recorded call, in turn if there are several; None if there is none."""
         with self.lock:
-            entries = self.known.get(key)
-            if entries:
-                entries.append(entries.pop(0))
-                return entries[-1]
-        return None
+            return next(self.known.get(key, iter(())), None)
 
     def keep(self, run, key, call, reply=None, error=None):
         """Write one call: who was asked what, and the reply or the error."""
@@ -3169,8 +3142,9 @@ class Tape:
     def play(self, run, call, entry):
         """Return the Reply of a recorded call, or raise its error; it costs nothing."""
         usage = Usage(**entry["usage"]) if entry["usage"] else Usage()
-        run.ledger.record(CallRecord(call.member.name, call.role, usage, 0.0, "replay", 0.0, 0,
-                                     "failed" if entry["error"] else "replayed"))
+        run.ledger.records.append(CallRecord(
+            call.member.name, call.role, usage, 0.0, "replay", 0.0, 0,
+            "failed" if entry["error"] else "replayed"))
         if entry["error"]:
             if entry["shown"]:
                 call.delta(entry["shown"], "")
@@ -3223,9 +3197,7 @@ def with_auto_panel(config, network, cancel=None):
     if config.panel:
         return config
     searching = config.origins.get("backend") == SEARCHED
-    backends = [config.backend]
-    if searching:
-        backends = [Backend(url) for url in LOCAL_URLS]
+    backends = list(map(Backend, LOCAL_URLS)) if searching else [config.backend]
     for backend in backends:
         try:
             models = get_models(network, backend, cancel, 2.0 if searching else 10.0)
@@ -3495,6 +3467,7 @@ GREETING = re.compile(r"\W*(hi|hello|hey|thanks?|thank you|ok|okay|yes|no|test|p
 
 LETTERED = {"type": "array", "items": {"type": "string"}}
 TEXT = {"type": "string"}
+OBJECT = {"type": "object"}
 
 
 def object_schema(**properties):
@@ -3709,6 +3682,7 @@ class Panel:
         finally:
             for _, cancel in self.working.values():
                 cancel.set("cancelled")
+            let_end(self.working)
         return merged(sorted(self.drafts, key=lambda draft: draft.slots[0].index))
 
     def start(self, slot):
@@ -3799,10 +3773,7 @@ class Panel:
             self.failures.append((slot, CallError(why)))
             self.tell(slot, "late", reason=why)
             cancel.set(why)
-        ends = time.monotonic() + 1.0
-        while self.working and time.monotonic() < ends:
-            for future in wait_for(self.working, SLICE_S):
-                del self.working[future]
+        let_end(self.working)
         self.working.clear()
 
     def tell(self, slot, state, **fields):
@@ -3951,10 +3922,10 @@ class AnalysisCheck:
     not hold; both are dropped.
     """
 
+    invalid = unsupported = 0
+
     def __init__(self, drafts):
         self.texts = {draft.letter: fold(draft.text) for draft in drafts}
-        self.invalid = 0
-        self.unsupported = 0
 
     def entries(self, found, key, kind):
         values = found.get(key)
@@ -4101,7 +4072,7 @@ def synthesize(config, messages, drafts, analysis, run, params):
         return [user(form.format(findings=findings(analysis, run.tag),
                                  **introduction(shown, run.tag)))] if shown else []
 
-    live = run.live and not config.refine and not json_form(params)
+    live = run.live and not config.refine and json_form(params) is None
     for writer in config.synthesizer:
         try:
             reply = with_room(run, writer, messages, drafts, "synth", lambda shown: write(
@@ -4167,10 +4138,8 @@ class CallFilter:
     """Holds back a text that opens as a tool call written out as text does, until it is whole."""
 
     OPEN = re.compile(r"\s*(\Z|\{|\[\s*(\Z|\{)|<(\Z|t(\Z|o))|`{1,2}\Z|```)")
-
-    def __init__(self):
-        self.rest = ""
-        self.open = False
+    rest = ""
+    open = False
 
     def feed(self, piece):
         """Return what may be shown now; `rest` is what is still held."""
@@ -4182,15 +4151,22 @@ class CallFilter:
         return ready
 
 
+TAGGED = re.compile(r"\s*<tool_call>(.*?)</tool_call>\s*", re.DOTALL)
+
+
 def written_calls(text, names):
     """Return the tool calls that a model wrote out as text, () if the text is anything else.
 
     That is JSON with a name and arguments, bare or in a code fence, or in `<tool_call>` tags.
     """
-    blocks = re.findall(r"<tool_call>(.*?)</tool_call>", text, re.DOTALL)
-    if not blocks or re.sub(r"<tool_call>.*?</tool_call>", "", text, flags=re.DOTALL).strip():
+    calls, blocks, at = [], [], 0
+    match = TAGGED.match(text)
+    while match:  # one after the other: a search for pairs is quadratic where tags stay open
+        blocks.append(match.group(1))
+        at = match.end()
+        match = TAGGED.match(text, at)
+    if at < len(text):
         blocks = [unfenced(text)]
-    calls = []
     for block in blocks:
         try:
             found = json.loads(block)
@@ -4216,9 +4192,10 @@ def unfenced(text):
 
 def settled(reply, params):
     """Return a reply in the form that the client asked for, where nothing has to be guessed."""
-    names = {tool["function"]["name"] for tool in params.get("tools") or ()}
+    offered = params.get("tools") if params.get("tool_choice") != "none" else None
+    names = {tool["function"]["name"] for tool in offered or ()}
     calls, text = reply.tool_calls, reply.text
-    if names and not calls and params.get("tool_choice") != "none":
+    if names and not calls:
         calls = written_calls(text, names)
         text = "" if calls else text
     if reply.cut:  # a call that was cut off must not be run
@@ -4227,7 +4204,7 @@ def settled(reply, params):
                                       .strip() or "{}")) for call in calls if names]
     if params.get("parallel_tool_calls") is False:
         del calls[1:]
-    if json_form(params) and not calls and json_type_of(unfenced(text)):
+    if json_form(params) is not None and not calls and json_type_of(unfenced(text)):
         text = unfenced(text)
     finish = "length" if reply.cut else "tool_calls" if calls else \
         "stop" if reply.finish == "tool_calls" else reply.finish
@@ -4257,28 +4234,21 @@ def reply_fault(reply, params):
         called = [call["function"]["name"] for call in reply.tool_calls]
         if not called or (wanted and set(called) != {wanted}):
             return "the tool %s has to be called" % wanted if wanted else "a tool has to be called"
-    if not form or reply.tool_calls or reply.refusal:
+    if form is None or reply.tool_calls or reply.refusal:
         return None
     try:
         value = strict_json(reply.text)
     except ValueError as error:
         return "it is no JSON: %s" % error
-    if schema_of(form) is None:
-        return None if isinstance(value, dict) else "it is JSON, but no object"
-    return SchemaCheck(schema_of(form)).fault(value)
+    return SchemaCheck(form).fault(value)
 
 
 def json_form(params):
-    """Return the response_format if it asks for JSON, else None."""
+    """Return the schema that the answer has to keep to; OBJECT for any, None if it may be text."""
     form = params.get("response_format")
-    asked = isinstance(form, dict) and form.get("type") in ("json_object", "json_schema")
-    return form if asked else None
-
-
-def schema_of(form):
-    """Return the schema of a response_format, or None."""
-    found = form.get("json_schema")
-    return found.get("schema") if isinstance(found, dict) else None
+    kind = form.get("type") if isinstance(form, dict) else None
+    found = form.get("json_schema") if kind == "json_schema" else None
+    return (found or {}).get("schema", OBJECT) if kind in ("json_object", "json_schema") else None
 
 
 JSON_TYPES = {"object": dict, "array": list, "string": str, "boolean": bool, "null": type(None),
@@ -4292,6 +4262,8 @@ class SchemaCheck:
     anyOf, oneOf, allOf, $ref into the schema itself); other keywords are passed over. A schema
     that is none, or that takes more than SCHEMA_STEPS, is taken as kept.
     """
+
+    steps = 0
 
     def __init__(self, schema):
         self.root = schema
@@ -4309,7 +4281,8 @@ class SchemaCheck:
         schema = resolved(schema, self.root)
         key = (id(value), id(schema), place)
         if key not in self.known:
-            if len(self.known) > SCHEMA_STEPS:
+            self.steps += 1 + len(schema.get("enum", ())) if isinstance(schema, dict) else 1
+            if self.steps > SCHEMA_STEPS:
                 raise ValueError("too many steps")
             self.known[key] = None  # should it refer to itself
             self.known[key] = self.look(value, schema, place)
@@ -4335,7 +4308,6 @@ class SchemaCheck:
         return bounds_fault(value, schema, here) or self.inside(value, schema, place)
 
     def inside(self, value, schema, place):
-        """Return what is wrong with the entries of an object or a list, or None."""
         parts = []
         if isinstance(value, list):
             parts = [(item, schema.get("items", True), "%s[%d]" % (place, index))
@@ -4372,19 +4344,15 @@ def is_json(value, kind):
 
 def bounds_fault(value, schema, here):
     """Return which bound of a schema a number, text or list breaks, or None."""
-    size = value if is_json(value, "number") else len(value) \
-        if isinstance(value, (str, list)) else None
-    names = ("minimum", "maximum") if is_json(value, "number") else \
-        ("minLength", "maxLength") if isinstance(value, str) else ("minItems", "maxItems")
-    if size is None:
+    unit = "Length" if isinstance(value, str) else "Items" if isinstance(value, list) else "imum"
+    if unit == "imum" and not is_json(value, "number"):
         return None
-    if names[0] in schema and size < schema[names[0]] or \
-            names[1] in schema and size > schema[names[1]]:
-        return "%s breaks %s" % (here, " or ".join(name for name in names if name in schema))
-    if names[0] == "minimum" and (size <= schema.get("exclusiveMinimum", -math.inf)
-                                  or size >= schema.get("exclusiveMaximum", math.inf)):
-        return "%s breaks exclusiveMinimum or exclusiveMaximum" % here
-    return None
+    size = value if unit == "imum" else len(value)
+    rules = {"min" + unit: operator.lt, "max" + unit: operator.gt}
+    if unit == "imum":
+        rules.update(exclusiveMinimum=operator.le, exclusiveMaximum=operator.ge)
+    return next(("%s breaks %s" % (here, name) for name, breaks in rules.items()
+                 if name in schema and breaks(size, schema[name])), None)
 
 
 def mended(config, writer, messages, reply, run, params):
@@ -4397,9 +4365,8 @@ def mended(config, writer, messages, reply, run, params):
         return reply
     form, calls = json_form(params), list(reply.tool_calls)
     said = reply.text + (json.dumps(calls, ensure_ascii=False) if calls else "")
-    wanted = "" if not form else "It has to be one JSON object and nothing else.\n\n" \
-        if schema_of(form) is None else "It has to be JSON of this schema:\n%s\n\n" \
-        % json.dumps(schema_of(form), ensure_ascii=False)
+    wanted = "" if form is None else "It has to be JSON of this schema and nothing else:\n%s\n\n" \
+        % json.dumps(form, ensure_ascii=False)
     prompt = MEND_PROMPT.format(tag=run.tag, fault=fault, form=wanted,
                                 reply=untagged(clip(said, 100_000), run.tag))
     again, left = reply, fault
@@ -4471,7 +4438,8 @@ def worse_than(before, after):
 def final_answer(text):
     """Return the short answer at the end of a draft, in a form in which equal ones are equal."""
     boxed = re.findall(r"\\boxed\{([^{}]*)\}", text)
-    said = re.findall(r"(?im)^[\s*_>#]*(?:final\s+)?answer[\s*_]*(?:is)?\s*[:=]\s*(.+?)\s*$", text)
+    said = re.findall(r"(?im)^[ \t*_>#]*(?:final[ \t]+)?answer[ \t*_]*(?:is[ \t]*)?[:=]\s*(\S.*)",
+                      text)
     lines = [line for line in text.splitlines() if line.strip()]
     found = boxed[-1] if boxed else said[-1] if said else lines[-1] if lines else ""
     found = fold(found.strip(" \t*_`\"'$")).lower().rstrip(".!")
@@ -4542,7 +4510,9 @@ def fuse(config, messages, run, params=None):
     config, why = planned(config, messages, run, params, replaying, choices)
     drafts, analysis, replies, author = (), None, (), ""
     if config.mode == "tool_loop":
-        drafts, analysis = advice_for(turn, run)
+        drafts, analysis = run.advice.find(turn) if run.advice is not None else ((), None)
+        if not drafts:
+            run.degrade("advice_missing", "panel", "", "the writer goes on alone")
     if config.mode == "fuse":
         with run.timed("panel"):
             drafts = gather(config, messages, run)
@@ -4555,23 +4525,26 @@ def fuse(config, messages, run, params=None):
                 run.advice.keep(turn, drafts, analysis)
     if not replies:
         with run.timed("synth"):
-            written = each_choice(run, choices, lambda view, index: synthesize(
-                config, messages, drafts, analysis, view, varied(params, index)))
+            written = each_choice(run, choices, params, lambda view, own, index: synthesize(
+                config, messages, drafts, analysis, view, own))
         if config.refine:
             with run.timed("refine"):
-                written = each_choice(run, choices, lambda view, index: refined(
-                    config, messages, analysis, written[index], view, varied(params, index)))
+                written = each_choice(run, choices, params, lambda view, own, index: refined(
+                    config, messages, analysis, written[index], view, own))
         replies, author = tuple(reply for reply, _ in written), written[0][1]
     return finished(config, run, replies, author, drafts, analysis, why)
 
 
-def each_choice(run, count, work):
-    """Return [work(run, index)] for each choice of the answer; side by side if it is several."""
+def each_choice(run, count, params, work):
+    """Return [work(run, params, index)] for each choice of the answer, several side by side.
+
+    Each has a seed of its own, where the client gave one.
+    """
     if count == 1:
-        return [work(run, 0)]
-    cancel = Cancel(run.cancel)
-    jobs = [spawn(work, run.branch(cancel=cancel, choice=index, seat=index), index)
-            for index in range(count)]
+        return [work(run, params, 0)]
+    cancel, seed = Cancel(run.cancel), params.get("seed")
+    jobs = [spawn(work, run.branch(cancel=cancel, choice=index, seat=index), params if seed is None
+                  else dict(params, seed=seed + index), index) for index in range(count)]
     try:
         left = set(jobs)
         while left:
@@ -4581,14 +4554,8 @@ def each_choice(run, count, work):
         return [job.result() for job in jobs]
     finally:
         cancel.set("another choice failed")
+        let_end(jobs)
         cancel.close()
-
-
-def varied(params, index):
-    """Return the parameters of one choice: with a seed of its own, where the client gave one."""
-    if index and params.get("seed") is not None:
-        return dict(params, seed=params["seed"] + index)
-    return params
 
 
 def refined(config, messages, analysis, written, run, params):
@@ -4614,11 +4581,11 @@ class Advice:
         self.size = 0
 
     def find(self, key):
-        """Return (drafts, analysis), or None."""
+        """Return (drafts, analysis); ((), None) if nothing is known."""
         with self.lock:
             if key in self.known:
                 self.known.move_to_end(key)
-            return self.known.get(key, (None,))[0]
+            return self.known.get(key, (((), None),))[0]
 
     def keep(self, key, drafts, analysis):
         """Keep what a panel said; the oldest gives way."""
@@ -4640,14 +4607,6 @@ def advice_key(config, messages, run):
     said = json.dumps([run.owner, messages[:last + 1], config.source, config.layers,
                        [slot.name for slot in panel_slots(config)]], sort_keys=True)
     return hashlib.sha256(said.encode()).digest()
-
-
-def advice_for(turn, run):
-    """Return (drafts, analysis) of the panel in this turn of the user; ((), None) if unknown."""
-    found = run.advice.find(turn) if run.advice is not None else None
-    if found is None:
-        run.degrade("advice_missing", "panel", "", "the writer goes on alone")
-    return found or ((), None)
 
 
 def check_request(messages, params):
@@ -4718,18 +4677,18 @@ def finished(config, run, replies, author, drafts, analysis, why):
         if text or thought:
             run.emit("answer", text=text, reasoning=thought, choice=index)
     run.emit("end", receipt=receipt)
-    usage = add_up(run.ledger.records).usage
+    usage = add_up(run.ledger.records)[0]
     scope = "answer" if run.offered and "usage_scope" not in config.origins else config.usage_scope
     if scope == "answer":  # an agent's context meter counts the conversation, not the panel
         written = [record for record in run.ledger.records if record.role in ("synth", "refine")]
-        usage = add_up(written).usage if written else replies[0].usage
+        usage = add_up(written)[0] if written else replies[0].usage
     return Result(replies, drafts, usage, receipt)
 
 
 def receipt_of(config, run, author, drafts, analysis, why):
     """Return the `fusion` block of a response: who ran, what it cost, what degraded."""
     records = list(run.ledger.records)
-    spending = add_up(records)
+    usage, cost, source = add_up(records)
     roles = {record.role for record in records}
     voted = config.vote and author and config.mode == "fuse" and "synth" not in roles
     answered = sorted((slot for draft in drafts for slot in draft.slots
@@ -4742,13 +4701,13 @@ def receipt_of(config, run, author, drafts, analysis, why):
         "mode_reason": why, "panel_models": [slot.name for slot in asked],
         "panel_succeeded": [slot.name for slot in answered],
         "judge": config.judge.name if "judge" in roles else None, "synthesizer": author,
-        "cost_usd": spending.cost_usd, "cost_source": spending.source,
+        "cost_usd": cost, "cost_source": source,
         "cost_breakdown": [{
             "model": record.model, "role": record.role, "prompt_tokens": record.usage.prompt,
             "completion_tokens": record.usage.completion, "cost_usd": record.cost_usd,
             "source": record.source, "latency_s": round(record.latency_s, 3),
             "attempts": record.attempts, "status": record.status} for record in records],
-        "tokens": spending.usage.total,
+        "tokens": usage.total,
         "timing_s": {stage: round(seconds, 3) for stage, seconds in timing.items()},
         "degraded": list(run.degraded), "analysis": public_analysis(analysis, drafts),
         "judge_unsupported": analysis.unsupported if analysis else 0,
@@ -4971,13 +4930,11 @@ def fake_stream(handler, head, pieces, calls, finish, usage):
     def event(**fields):
         send(json.dumps(dict(head, object="chat.completion.chunk", **fields)).encode())
 
-    for piece in pieces:
-        event(choices=[{"index": 0, "delta": {"content": piece}, "finish_reason": None}])
+    deltas = [{"content": piece} for piece in pieces]
+    deltas += [{"tool_calls": [dict(call, index=index)]} for index, call in enumerate(calls)]
+    for delta in deltas + [{}]:
+        event(choices=[{"index": 0, "delta": delta, "finish_reason": None if delta else finish}])
         time.sleep(FAKE_PAUSE_S)
-    for index, call in enumerate(calls):
-        event(choices=[{"index": 0, "delta": {"tool_calls": [dict(call, index=index)]},
-                        "finish_reason": None}])
-    event(choices=[{"index": 0, "delta": {}, "finish_reason": finish}])
     if usage:
         event(choices=[], usage=usage)
     send(b"[DONE]")
@@ -5077,14 +5034,14 @@ def money(dollars):
 
 
 def table(rows, right=()):
-    """Return rows of texts as aligned lines; the columns numbered in `right` are right-aligned."""
+    """Return rows of texts as an aligned text; columns numbered in `right` are right-aligned."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = []
     for row in rows:
         cells = [cell.rjust(width) if column in right else cell.ljust(width)
                  for column, (cell, width) in enumerate(zip(row, widths))]
         lines.append("  ".join(cells).rstrip())
-    return lines
+    return "\n".join(lines)
 
 
 class Screen:
@@ -5094,20 +5051,20 @@ class Screen:
     written once, when it is final. stdout is written by `answer` and `data` alone.
     """
 
+    quiet = False
+    drawn = t = 0
+    written = ""
+
     def __init__(self, interrupts):
         self.interrupts = interrupts
         self.out = sys.stdout
         self.err = sys.stderr
-        self.quiet = False
         dumb = os.environ.get("TERM", "") in ("dumb", "")
         self.tty = self.err.isatty() and not (dumb and os.name != "nt")
         self.safe = self.out.isatty()
         self.stream = self.safe
         self.color = self.tty and not os.environ.get("NO_COLOR")
         self.rows = collections.OrderedDict()
-        self.drawn = 0
-        self.t = 0.0
-        self.written = ""
         self.lock = threading.Lock()
         if self.tty and os.name == "nt":
             os.system("")  # turns escape sequences on in a Windows console
@@ -5116,7 +5073,6 @@ class Screen:
         return "\x1b[%sm%s\x1b[0m" % (COLOURS[colour], text) if self.color else text
 
     def size(self):
-        """Return (columns, lines) of the terminal."""
         try:
             found = os.get_terminal_size(self.err.fileno())
             return max(20, found.columns), max(4, found.lines)
@@ -5164,7 +5120,6 @@ class Screen:
         return self.paint(clean_line(text, self.size()[0] - 1 if self.tty else None), colour)
 
     def handle(self, event):
-        """Take one event of the run."""
         fields = event.fields
         if event.kind == "slot":
             key = (fields["layer"], fields["slot"], fields["model"])
@@ -5331,6 +5286,8 @@ ANSWER_PARAMS = {
     "response_format": form_value, "tools": tools_value, "tool_choice": tool_choice_value,
     "parallel_tool_calls": flag, "reasoning_effort": one_line(1, 20),
     "verbosity": one_line(1, 20)}
+CHAT_FIELDS = dict(ANSWER_PARAMS, model=one_line(0, 300), stream=flag,
+                   stream_options=object_value, fusion=object_value)
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 
 
@@ -5356,28 +5313,20 @@ def message_value(message):
 
 def read_chat(body):
     """Return the Request in the JSON of a Chat Completions call. Raises UsageError."""
-    params = {}
+    found = {}
     try:
         object_value(body)
         with inside("messages"):
             list_of(message_value, 1, 100_000)(body.get("messages"))
-        for key in [key for key in ANSWER_PARAMS if body.get(key) is not None]:
+        for key, check in CHAT_FIELDS.items():
             with inside(key):
-                value = ANSWER_PARAMS[key](body[key])
-            if value not in (None, []):
-                params[key] = value
-        with inside("model"):
-            model = one_line(0, 300)(body.get("model") or "")
-        with inside("stream"):
-            stream = flag(body.get("stream") or False)
-        with inside("stream_options"):
-            options = object_value(body.get("stream_options") or {})
-        with inside("fusion"):
-            overrides = dict(object_value({} if body.get("fusion") is None else body["fusion"]))
+                if body.get(key) is not None:
+                    found[key] = check(body[key])
     except Wrong as wrong:
         where = wrong.where()
         raise UsageError("%s %s" % (where or "the request", wrong.reason),
                          "see the Chat Completions API", param=where or None)
+    params = {key: found[key] for key in ANSWER_PARAMS if found.get(key) not in (None, [])}
     names = [tool["function"]["name"] for tool in params.get("tools", ())]
     choice = params.get("tool_choice")
     if not names:
@@ -5386,9 +5335,11 @@ def read_chat(body):
     elif isinstance(choice, dict) and choice["function"]["name"] not in names:
         raise UsageError("tool_choice names no tool of the request; %s" % did_you_mean(
             clip(choice["function"]["name"], 60), names), param="tool_choice")
+    overrides = dict(found.get("fusion", {}))
     preset, ignored = read_openrouter(body, overrides)
-    return Request(model, body["messages"], params, overrides, preset, tuple(ignored[:20]), stream,
-                   options.get("include_usage") is True, int(time.time()))
+    return Request(found.get("model", ""), body["messages"], params, overrides, preset,
+                   tuple(ignored[:20]), found.get("stream", False),
+                   found.get("stream_options", {}).get("include_usage") is True, int(time.time()))
 
 
 def read_openrouter(body, overrides):
@@ -5399,28 +5350,26 @@ def read_openrouter(body, overrides):
     `fusion` block says as well is the block's.
     """
     preset, ignored = None, []
-    for kind in ("plugins", "tools"):
-        given = body.get(kind)
-        for item in given if isinstance(given, list) else []:
-            if not isinstance(item, dict):
-                continue
-            if kind == "plugins" and item.get("id") == "fusion":
-                found, roles = dict(item), ("judge", "synthesizer")
-            elif kind == "tools" and item.get("type") == "openrouter:fusion":
-                found, roles = item.get("parameters"), ("judge",)
-                found = dict(found) if isinstance(found, dict) else {}
-            else:
-                continue
-            found.pop("id", None)
-            preset = found.pop("preset", preset)
-            if found.pop("enabled", True) is False:
-                overrides.setdefault("mode", "solo")
-            wanted = dict.fromkeys(roles, found.pop("model", None))
-            wanted["panel"] = found.pop("analysis_models", None)
-            for key, value in wanted.items():
-                if value is not None:
-                    overrides.setdefault(key, value)
-            ignored += ["%s of %s" % (clip(key, 60), kind) for key in found]
+    given = [(kind, item) for kind in ("plugins", "tools") if isinstance(body.get(kind), list)
+             for item in body[kind] if isinstance(item, dict)]
+    for kind, item in given:
+        if kind == "plugins" and item.get("id") == "fusion":
+            found, roles = item, ("judge", "synthesizer")
+        elif kind == "tools" and item.get("type") == "openrouter:fusion":
+            found, roles = item.get("parameters"), ("judge",)
+        else:
+            continue
+        found = dict(found) if isinstance(found, dict) else {}
+        found.pop("id", None)
+        preset = found.pop("preset", preset)
+        if found.pop("enabled", True) is False:
+            overrides.setdefault("mode", "solo")
+        wanted = dict.fromkeys(roles, found.pop("model", None))
+        wanted["panel"] = found.pop("analysis_models", None)
+        for key, value in wanted.items():
+            if value is not None:
+                overrides.setdefault(key, value)
+        ignored += ["%s of %s" % (clip(key, 60), kind) for key in found]
     return preset, ignored
 
 
@@ -5515,7 +5464,6 @@ class ChatStream:
         self.stage = "panel"
 
     def chunk(self, delta, index=0, finish=None, logprobs=None, **more):
-        """Return one chunk of one choice."""
         usage = {"usage": None} if self.request.include_usage else {}
         return sse(dict(self.head, choices=[{
             "index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}],
@@ -5527,7 +5475,6 @@ class ChatStream:
                         for index in range(self.choices))
 
     def take(self, event):
-        """Return what an event adds to the stream."""
         fields, found = event.fields, b""
         if self.options.get("events") and event.kind not in ("start", "answer"):
             found = b"event: fusion.%s\n" % event.kind.encode() + sse(
@@ -5547,14 +5494,11 @@ class ChatStream:
             found += self.chunk({"reasoning_content": line})
         return found
 
-    def progress(self):
-        """Return how far the run is: stage, members that are through, members in all."""
-        ready = sum(state != "running" for state in self.members.values())
-        return {"stage": self.stage, "ready": ready, "members": len(self.members)}
-
     def beat(self):
         """Return a sign of life: a comment for people, an empty delta for clients."""
-        progress = self.progress()
+        states = list(self.members.values())  # members' threads may add to it meanwhile
+        progress = {"stage": self.stage, "ready": len(states) - states.count("running"),
+                    "members": len(states)}
         line = ": %s, %d of %d members are through\n\n" % tuple(progress.values())
         return line.encode() + self.chunk({"content": ""}, fusion={"progress": progress})
 
@@ -5786,18 +5730,17 @@ class Connection:
     owed) or linger (it is being closed); `since` is when that began.
     """
 
+    state = "head"
+    head = body = answer = None
+    scanned = 0
+    rest = b""
+    gone = False
+
     def __init__(self, sock, peer):
         self.sock = sock
         self.peer = peer
         self.buffer = bytearray()
-        self.rest = b""
-        self.state = "head"
         self.since = self.wrote = time.monotonic()
-        self.head = None
-        self.scanned = 0
-        self.body = None
-        self.answer = None
-        self.gone = False
         self.lock = threading.Lock()
 
     def enter(self, state):
@@ -5897,6 +5840,10 @@ class Connection:
 class Answer:
     """What goes back for one request: a status, headers and a body, whole or in pieces."""
 
+    status = size = 0
+    run = stream = None
+    beating = paid = lost = False
+
     def __init__(self, server, connection, head, body=b""):
         self.server = server
         self.connection = connection
@@ -5904,18 +5851,10 @@ class Answer:
         self.body = body
         self.id = new_id("req-")
         self.started = time.monotonic()
-        self.status = 0
-        self.size = 0
-        self.run = None
-        self.stream = None
-        self.beating = False
         self.note = {}
-        self.paid = False
-        self.lost = False
         self.close = head is None or not head.keeps
 
     def headers(self, status, fields):
-        """Return the bytes of the status line and the headers."""
         from http import HTTPStatus
         self.status = status
         self.close = self.close or self.server.draining
@@ -5952,13 +5891,11 @@ class Answer:
         self.beating = True
 
     def framed(self, data):
-        """Return a piece of a stream as a chunk."""
         if not data or not self.head.minor:
             return data
         return b"%x\r\n%s\r\n" % (len(data), data)
 
     def piece(self, data, last=False):
-        """Send a piece of a stream."""
         self.beating = not last
         ending = b"0\r\n\r\n" if last and self.head.minor else b""
         if data or ending:
@@ -5993,9 +5930,10 @@ class Counters:
         self.values = collections.Counter()
 
     def add(self, name, amount=1, **labels):
-        """Add to a number."""
+        key = (name, tuple(labels.items()))
         with self.lock:
-            self.values[name, tuple(labels.items())] += amount
+            if key in self.values or len(self.values) < MAX_KNOWN:
+                self.values[key] += amount
 
     def add_run(self, run):
         """Count the calls of a run, their tokens and dollars, and what degraded."""
@@ -6048,6 +5986,10 @@ class Server:
     `log(fields)` gets a dict for each request, `debug(error)` each defect of ours.
     """
 
+    draining = False
+    front = thread = None
+    bound = "127.0.0.1"
+
     def __init__(self, config, served, network, log, debug=lambda error: None):
         self.config = config
         self.served = served
@@ -6058,10 +6000,6 @@ class Server:
         self.advice = Advice()
         self.counters = Counters()
         self.created = int(time.time())
-        self.draining = False
-        self.front = None
-        self.thread = None
-        self.bound = "127.0.0.1"
         self.routes = {
             "/health": {"GET": self.health}, "/metrics": {"GET": self.metrics},
             "/v1/models": {"GET": self.models}, "/v1/estimate": {"POST": self.estimate}}
@@ -6184,7 +6122,6 @@ class Server:
         self.account(answer)
 
     def account(self, answer):
-        """Log and count a request that is over."""
         seconds = time.monotonic() - answer.started
         path = self.route(answer.head)
         if answer.lost:
@@ -6193,10 +6130,10 @@ class Server:
         self.counters.add("fusion_request_seconds_total", seconds, path=path)
         if answer.run:
             self.counters.add_run(answer.run)
-            spent = add_up(list(answer.run.ledger.records))
-            answer.note.update(tokens=spent.usage.total, cost_usd=spent.cost_usd and round(
-                spent.cost_usd, 8), degraded=",".join(sorted({
-                    entry["code"] for entry in answer.run.degraded})))
+            usage, cost, _ = add_up(list(answer.run.ledger.records))
+            answer.note.update(tokens=usage.total, cost_usd=cost and round(cost, 8),
+                               degraded=",".join(sorted({
+                                   entry["code"] for entry in answer.run.degraded})))
         self.log(dict({"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
                        "client": answer.connection.peer,
                        "method": answer.head.method if answer.head else "-",
@@ -6224,7 +6161,6 @@ class Server:
             "requests": self.front.running, "waiting": len(self.front.waiting)})
 
     def metrics(self, answer):
-        """Send the counters."""
         front = self.front
         answer.send(200, self.counters.text({
             "fusion_requests_running": front.running,
@@ -6242,7 +6178,6 @@ class Server:
         return found
 
     def models(self, answer):
-        """List the models, or describe one."""
         wanted = unquote(answer.head.path[len("/v1/models/"):])
         listed = []
         for name, (config, member) in self.names().items():
@@ -6294,8 +6229,9 @@ class Server:
             raise self.no_model(request.model)
         overrides, ignored = dict(request.overrides), list(request.ignored)
         preset = request.preset
-        if config not in (None, self.config) and not member:
-            overrides.setdefault("preset", request.model[len("fusion/"):])
+        of = [name for name, other in self.served.presets.items() if other is config]
+        if of and config != self.config:  # its members keep to its ceiling too
+            overrides.setdefault("preset", of[0])
         elif isinstance(preset, str) and preset in self.served.presets:
             overrides.setdefault("preset", preset)
         elif preset is not None:
@@ -6319,7 +6255,6 @@ class Server:
         request, config, _ = self.read(answer)
         config = with_auto_panel(config, self.network)
         params = request.params
-        check_request(request.messages, params)
         mode, why = depth_of(config, request.messages, params)
         plan = estimate(dataclasses.replace(config, mode=mode),
                         *to_estimate(request.messages, params), self.network.price,
@@ -6330,7 +6265,6 @@ class Server:
                           "calls": [item._asdict() for item in plan]})
 
     def chat(self, answer):
-        """Answer a conversation with the panel, whole or as a stream."""
         request, config, options = self.read(answer)
         dialect = DIALECTS[answer.head.path]
         run = start_run(config, self.network, live=request.stream, tape=self.served.tape,
@@ -6399,16 +6333,16 @@ def raise_descriptors():
 class Front:
     """The thread that waits for all connections: reads, parses, hands out, watches the clock."""
 
+    running = 0
+    stopped = paused = False
+
     def __init__(self, server, listener):
         import selectors
         self.server = server
         self.listener = listener
         self.connections = {}
-        self.running = 0
         self.waiting = collections.deque()
         self.back = collections.deque()
-        self.stopped = False
-        self.paused = False
         self.selector = selectors.DefaultSelector()
         self.awake, self.alarm = socket.socketpair()
         for sock in (listener, self.awake, self.alarm):
@@ -6426,16 +6360,13 @@ class Front:
         due = 0.0
         while not (self.stopped or self.server.draining and not self.connections):
             for key, _ in self.selector.select(TICK_S):
-                try:
+                with self.guarded(self.connections.get(key.fileobj)):
                     key.data()
-                except Exception as error:  # boundary: one connection; the others go on
-                    self.server.debug(error)
-                    if key.fileobj in self.connections:
-                        self.drop(self.connections[key.fileobj])
-            while self.back:
+            for _ in range(len(self.back)):  # those that are added meanwhile have their turn later
                 connection = self.back.popleft()
-                self.returned(connection)
-                self.advance(connection)
+                with self.guarded(connection):
+                    self.returned(connection)
+                    self.advance(connection)
             if time.monotonic() >= due:
                 due = time.monotonic() + TICK_S
                 watch()
@@ -6465,13 +6396,22 @@ class Front:
             self.connections[sock] = connection
             self.watch(connection)
 
+    @contextlib.contextmanager
+    def guarded(self, connection):
+        """Have a defect of ours end one connection, and not the thread that serves them all."""
+        try:
+            yield
+        except Exception as error:  # boundary: one connection; the others go on
+            self.server.debug(error)
+            if connection is not None and connection.sock in self.connections:
+                self.drop(connection)
+
     def pause(self):
         """Accept nothing until the next tick."""
         self.selector.unregister(self.listener)
         self.paused = True
 
     def watch(self, connection):
-        """Have what a client sends read."""
         self.selector.register(connection.sock, self.readable, lambda: self.read(connection))
 
     def make_room(self):
@@ -6483,7 +6423,6 @@ class Front:
         return bool(idle)
 
     def read(self, connection):
-        """Take what a client sends."""
         try:
             data = connection.sock.recv(262_144)
         except (BlockingIOError, InterruptedError):
@@ -6525,7 +6464,7 @@ class Front:
             answer = connection.answer = Answer(self.server, connection, *found)
             if found[0].method != "POST":
                 self.server.handle(answer)
-                self.returned(connection)
+                self.give_back(connection)  # so others have their turn between two requests
             elif self.server.draining or len(self.waiting) >= self.server.served.max_requests:
                 self.overloaded(answer)
             else:
@@ -6617,9 +6556,7 @@ class Front:
             self.drop(connection)
 
     def drop(self, connection):
-        """Close a connection."""
-        with contextlib.suppress(KeyError, ValueError):
-            self.selector.unregister(connection.sock)
+        self.forget(connection)
         self.connections.pop(connection.sock, None)
         connection.sock.close()
 
@@ -6641,7 +6578,8 @@ class Front:
             if error is not None:
                 self.refuse(connection, error)
             elif answer and answer.beating and now - connection.wrote > BEAT_S:
-                connection.beat(answer)
+                with self.guarded(connection):
+                    connection.beat(answer)
             elif connection.state == "head":
                 if not connection.buffer and idle > (1 if self.server.draining else KEEP_S):
                     self.drop(connection)
@@ -6680,9 +6618,8 @@ class Interrupts:
     since stderr may be a pipe that nobody reads and its lock may be held.
     """
 
-    def __init__(self):
-        self.count = 0
-        self.driving = False
+    count = 0
+    driving = False
 
     def press(self, number=None, frame=None):
         self.count += 1
@@ -6900,8 +6837,7 @@ def say_estimate(args, config, messages, screen):
     rows += [(item.role, item.model, str(item.calls), money(item.low), money(item.high))
              for item in plan]
     rows.append(("total", "", str(sum(item.calls for item in plan)), money(low), money(high)))
-    for line in table(rows, right=(2, 3, 4)):
-        screen.data(line)
+    screen.data(table(rows, right=(2, 3, 4)))
     screen.say("low: answers of a tenth of their caps; high: every cap reached; retries aside")
     return 0
 
@@ -6963,24 +6899,19 @@ def show_analysis(analysis, screen):
     if analysis is None:
         screen.answer("There is no analysis: no judge was asked, or it failed.\n")
         return
-    lines = ["Agreed:"] + ["  - " + point for point in analysis["consensus"]]
-    lines.append("Disagreed:")
-    for entry in analysis["contradictions"]:
-        lines.append("  - " + entry["topic"])
-        lines += ["      %s: %s" % (stance["model"], stance["stance"])
-                  for stance in entry["stances"]]
-        lines.append("      verdict: " + entry["verdict"])
-    lines += ["Covered by some:"] + ["  - %s: %s" % (", ".join(entry["models"]), entry["point"])
-                                     for entry in analysis["partial_coverage"]]
-    lines += ["Only one:"] + ["  - %s: %s" % (entry["model"], entry["insight"])
-                              for entry in analysis["unique_insights"]]
-    lines += ["Errors:"] + ["  - %s: %s" % (entry["model"], entry["problem"])
-                            for entry in analysis["errors"]]
-    lines += ["Nobody:"] + ["  - " + point for point in analysis["blind_spots"]]
-    headings = [index for index, line in enumerate(lines) if not line.startswith(" ")]
-    empty = {index for index in headings if index + 1 in headings + [len(lines)]}
-    for index, line in enumerate(lines):
-        screen.answer(line + (" nothing" if index in empty else "") + "\n")
+    def disputed(entry):
+        stances = ["%s: %s" % (stance["model"], stance["stance"]) for stance in entry["stances"]]
+        return "\n      ".join([entry["topic"]] + stances + ["verdict: " + entry["verdict"]])
+
+    for heading, key, told in (
+            ("Agreed", "consensus", str), ("Disagreed", "contradictions", disputed),
+            ("Covered by some", "partial_coverage", lambda entry: "%s: %s" % (
+                ", ".join(entry["models"]), entry["point"])),
+            ("Only one", "unique_insights", "{0[model]}: {0[insight]}".format),
+            ("Errors", "errors", "{0[model]}: {0[problem]}".format),
+            ("Nobody", "blind_spots", str)):
+        screen.answer(heading + (":\n" if analysis[key] else ": nothing\n"))
+        screen.answer("".join("  - %s\n" % told(entry) for entry in analysis[key]))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -7012,11 +6943,9 @@ EXAMPLES = {
     "show": ["show", "show --drafts", "show --analysis", "show --json"],
     None: ["ask \"Why is the sky blue?\"", "ask --fake \"hello\"", "ask --help", "presets"],
 }
-
-
+OVERRIDES = ("panel", "judge", "synthesizer", "refine", "layers", "samples", "mode", "vote",
+             "tools_enabled", "max_cost_usd", "timeout_s")  # flags that change the configuration
 WRITE_HINT = "make room, or write elsewhere: -o FILE"
-
-
 TWICE_S = 0.5  # supervisors send one SIGTERM to a process and to its group; that counts once
 
 
@@ -7073,7 +7002,7 @@ def build_parser():
     served.add_argument("--port", type=int, default=8000, metavar="N", help="0 is any free port")
     served.add_argument("--workers", type=int, default=1, metavar="N",
                         help="processes that share the port")
-    served.add_argument("--presets", default="", metavar="A,B",
+    served.add_argument("--presets", type=names, default=[], metavar="A,B",
                         help="presets that requests may choose")
     served.add_argument("--any-model", action="store_true",
                         help="unknown model names are answered by the panel too")
@@ -7121,6 +7050,11 @@ def build_parser():
     return parser
 
 
+def names(text):
+    """Return the names in a list with commas."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
 def talking_options(parser):
     """Add the options of every command."""
     parser.add_argument("--quiet", action="store_true", help="no progress and no receipt")
@@ -7133,19 +7067,22 @@ def calling_options(parser):
     group = parser.add_argument_group("the panel")
     group.add_argument("--config", metavar="C", help="a preset's name, or the path of a file")
     group.add_argument("--fake", action="store_true", help="use the built-in fake backend")
-    group.add_argument("--panel", metavar="A,B,C", help="the members")
+    group.add_argument("--panel", type=names, metavar="A,B,C", help="the members")
     group.add_argument("--judge", metavar="M", help="who compares the drafts")
-    group.add_argument("--synthesizer", metavar="M", help="who writes; A,B is a failover")
+    group.add_argument("--synthesizer", type=names, metavar="M",
+                       help="who writes; A,B is a failover")
     group.add_argument("--refine", action="store_true", default=None, help="a checklist pass")
     group.add_argument("--no-refine", dest="refine", action="store_false", default=None)
     group.add_argument("--layers", type=int, metavar="N", help="1 to 4")
     group.add_argument("--samples", type=int, metavar="N", help="1 to 8 drafts a member")
     group.add_argument("--mode", metavar="M", help="fuse, solo or auto")
     group.add_argument("--vote", action="store_true", default=None, help="a majority wins")
-    group.add_argument("--tools", action="store_true", default=None,
+    group.add_argument("--tools", dest="tools_enabled", action="store_true", default=None,
                        help="members with tools may use them")
-    group.add_argument("--max-cost", type=float, metavar="USD", help="a hard ceiling")
-    group.add_argument("--timeout", type=float, metavar="S", help="seconds for the whole request")
+    group.add_argument("--max-cost", dest="max_cost_usd", type=float, metavar="USD",
+                       help="a hard ceiling")
+    group.add_argument("--timeout", dest="timeout_s", type=float, metavar="S",
+                       help="seconds for the whole request")
     group.add_argument("--env-file", metavar="F", help="read keys and addresses from this file")
     group.add_argument("--record", metavar="FILE", help="write each call of the run to a new file")
     group.add_argument("--replay", metavar="FILE",
@@ -7155,19 +7092,9 @@ def calling_options(parser):
     talking_options(parser)
 
 
-def flags_of(args):
+def flags_of(args, keys=OVERRIDES):
     """Return {config key: value} of the override flags that were given."""
-    def names(value):
-        return [name.strip() for name in value.split(",") if name.strip()]
-
-    given = {
-        "panel": None if args.panel is None else names(args.panel),
-        "judge": args.judge,
-        "synthesizer": None if args.synthesizer is None else names(args.synthesizer),
-        "refine": args.refine, "layers": args.layers, "samples": args.samples,
-        "mode": args.mode, "vote": args.vote, "tools_enabled": args.tools,
-        "max_cost_usd": args.max_cost, "timeout_s": args.timeout}
-    return {key: value for key, value in given.items() if value is not None}
+    return {key: getattr(args, key) for key in keys if getattr(args, key) is not None}
 
 
 def configured(args):
@@ -7179,25 +7106,14 @@ def configured(args):
     return with_flags(load_config(args.config, env, backend), flags_of(args))
 
 
-def run_ask(args, screen):
-    """The command ask."""
-    return ask(args, configured(args), Network(), screen)
-
-
-def server_tokens(env):
-    """Return the bearer tokens of FUSION_SERVER_KEY. Raises UsageError if it holds none."""
-    given = env.get("FUSION_SERVER_KEY")
-    tokens = [key_value("FUSION_SERVER_KEY", token) for token in given.split(",") if token.strip()]
-    if given and not tokens:
-        raise UsageError("FUSION_SERVER_KEY is set and holds no key",
-                         "export FUSION_SERVER_KEY=..., or unset it")
-    return tuple(tokens)
-
-
 def make_server(args, config, network, log, debug=lambda error: None, tape=None):
     """Return the Server that the command line asks for. Raises UsageError."""
     env = read_env(args.env_file)
-    tokens = server_tokens(env)
+    given = env.get("FUSION_SERVER_KEY")
+    tokens = tuple(key_value("FUSION_SERVER_KEY", token) for token in names(given))
+    if given and not tokens:
+        raise UsageError("FUSION_SERVER_KEY is set and holds no key",
+                         "export FUSION_SERVER_KEY=..., or unset it")
     near = args.host in ("localhost", "::1") or re.fullmatch(r"127(\.\d+){3}", args.host)
     if not (near or tokens or args.insecure_no_auth):
         raise UsageError("%s can be reached by others, and no key protects the server" % args.host,
@@ -7214,10 +7130,9 @@ def make_server(args, config, network, log, debug=lambda error: None, tape=None)
             raise UsageError("--%s takes %s" % (option, wanted), "%s serve --help" % PROGRAM)
     presets = {re.sub(r"\.json$", "", config.source): config}
     backend = config.backend if config.backend.fake else None
-    for name in filter(None, map(str.strip, args.presets.split(","))):
-        presets[name] = with_flags(load_config(name, env, backend), {
-            key: value for key, value in flags_of(args).items()
-            if key in ("max_cost_usd", "timeout_s")})
+    for name in args.presets:
+        presets[name] = with_flags(load_config(name, env, backend),
+                                   flags_of(args, ("max_cost_usd", "timeout_s")))
         require_keys(all_members(presets[name]))
     return Server(config, Served(
         presets, args.any_model, tokens, tuple(map(str.lower, args.allow_host)), tuple(args.cors),
@@ -7276,7 +7191,7 @@ def run_serve(args, screen):
     try:
         tape = Tape(args.record, args.replay, config) if args.record or args.replay else None
         server = make_server(args, config, network, log, debug, tape)
-        return attend(Front(server, listener), screen, lifeline, begin)
+        return attend(Front(server, listener), screen, say, lifeline, begin)
     finally:
         say(None)
 
@@ -7322,6 +7237,7 @@ def fork_workers(count, listener, screen, begin):
         raise UsageError("--workers needs a system that can fork", "%s serve" % PROGRAM)
     reading, writing = os.pipe()
     started, stopping, codes = {}, [], []
+    both = {signal.SIGTERM, signal.SIGINT}
 
     def stop(number, frame=None):
         stopping.append((number, time.monotonic()))
@@ -7336,12 +7252,18 @@ def fork_workers(count, listener, screen, begin):
     begin()
     while True:
         if len(started) < count and not stopping:
+            signal.pthread_sigmask(signal.SIG_BLOCK, both)
             worker = os.fork()
             if not worker:
                 os.close(writing)
+                signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0))
                 signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it for all
-                return None, reading
             started[worker] = time.monotonic()
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, both)
+            if not worker:
+                return None, reading
+            if stopping:  # heard while it was born
+                os.kill(worker, signal.SIGTERM)
             continue
         if not started:
             break
@@ -7360,18 +7282,22 @@ def fork_workers(count, listener, screen, begin):
     return 130 if stopping[0][0] == signal.SIGINT else max(codes), None
 
 
+def roles_of(config):
+    """Return (panel, judge, writer) in words; of a panel that is yet to be found, too."""
+    return (", ".join(slot.name for slot in panel_slots(config)) or "what the backend lists",
+            config.judge.name if config.judge else "the first",
+            config.writer.name if config.synthesizer else "the first")
+
+
 def announce(args, config, listener, screen):
     """Say who answers and where; the base URL is all that goes to stdout."""
     host, port = listener.getsockname()[:2]
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     url = "http://%s:%d/v1" % ("[%s]" % host if ":" in host else host, port)
     if not args.quiet:
-        panel = ", ".join(slot.name for slot in panel_slots(config)) or "what the backend lists"
         screen.say("fusion.py %s, %s%s" % (VERSION, config.source, " (fake: nothing is billed)"
                                            if config.backend.fake else ""))
-        screen.say("panel %s; judge %s; writer %s" % (
-            panel, config.judge.name if config.judge else "the first",
-            config.writer.name if config.synthesizer else "the first"))
+        screen.say("panel %s; judge %s; writer %s" % roles_of(config))
         if config.panel and config.max_cost_usd is not None:
             cuts = within_budget(config, [user("hello")], None, config.max_cost_usd)[1]
             if cuts:
@@ -7385,7 +7311,7 @@ def announce(args, config, listener, screen):
     screen.data(json.dumps({"url": url}) if args.json else url)
 
 
-def attend(front, screen, lifeline, begin):
+def attend(front, screen, say, lifeline, begin):
     """Serve, and hear what ends it; returns the exit code.
 
     The first SIGTERM or Ctrl-C finishes what is under way, the second ends at once. A worker also
@@ -7404,8 +7330,8 @@ def attend(front, screen, lifeline, begin):
         if (terms or screen.interrupts.count) and not front.server.draining:
             front.drain()
             if front.running:
-                screen.say("stopping: %s to be finished; once more to stop at once"
-                           % plural(front.running + len(front.waiting), "request"))
+                say("stopping: %s to be finished; once more to stop at once"
+                    % plural(front.running + len(front.waiting), "request"))
 
     signal.signal(signal.SIGTERM, terminate)
     screen.interrupts.driving = True
@@ -7448,7 +7374,6 @@ class Smoke:
         return response.headers, text
 
     def ask(self, question, **fields):
-        """Return the response object of a chat."""
         body = dict({"model": self.model, "messages": [user(question)]}, **fields)
         return json.loads(self.call("POST", "/v1/chat/completions", body)[1])
 
@@ -7570,7 +7495,7 @@ def run_smoke(args, screen):
     spawn(front.serve)
     smoke = Smoke(front.listener.getsockname()[:2], config.name, config.panel[0].name,
                   (server.served.tokens or ("none",))[0])
-    failures, rows = 0, []
+    rows = []
     for name in [name for name in dir(smoke) if name.startswith("check_")]:
         name = name[len("check_"):]
         if args.live and name not in Smoke.ALWAYS:
@@ -7581,15 +7506,20 @@ def run_smoke(args, screen):
             state, detail = "ok", fold(check.__doc__)
         except Exception as error:  # boundary: one check; the others are made all the same
             state, detail = "fail", "%s: %s" % (type(error).__name__, error)
-            failures += 1
         rows.append({"state": state, "what": name, "detail": detail,
                      "seconds": round(time.monotonic() - start, 2)})
         if not args.json:
             screen.data(clean_line("%-4s  %-9s  %5.2f s  %s" % (
                 state, name, rows[-1]["seconds"], detail)))
+    return report(rows, args, screen)
+
+
+def report(rows, args, screen):
+    """Return the exit code for rows of checks, which `--json` prints as one object."""
+    failed = any(row["state"] == "fail" for row in rows)
     if args.json:
-        screen.data(json.dumps({"ok": not failures, "checks": rows}, indent=2))
-    return 1 if failures else 0
+        screen.data(json.dumps({"ok": not failed, "checks": rows}, indent=2))
+    return int(failed)
 
 
 def run_fake(args, screen):
@@ -7623,11 +7553,8 @@ def run_presets(args, screen):
         return 0
     loaded = {name: load_config(name, Env({}), fake_backend()) for name in preset_names()}
     for name, found in loaded.items():
-        panel = ", ".join(slot.name for slot in panel_slots(found)) or "what the backend lists"
-        judge, writer = found.judge or "the first", found.synthesizer[:1] or ("the first",)
-        screen.data("%-9s panel  %s" % (name, panel))
-        screen.data("          judge  %s" % getattr(judge, "name", judge))
-        screen.data("          writer %s" % getattr(writer[0], "name", writer[0]))
+        for row in zip((name, "", ""), ("panel", "judge", "writer"), roles_of(found)):
+            screen.data("%-9s %-6s %s" % row)
     return 0
 
 
@@ -7668,8 +7595,7 @@ def run_models(args, screen):
     rows += [(clean_line(row["id"]),) + tuple("-" if row[key] is None else "%g" % row[key]
                                          for key in ("input", "output", "cached_input"))
              + (format(row["context"], ",") if row["context"] else "-",) for row in found]
-    for line in table(rows, right=(1, 2, 3, 4)):
-        screen.data(line)
+    screen.data(table(rows, right=(1, 2, 3, 4)))
     screen.say("USD per million tokens (%s)" % source)
     return 0
 
@@ -7795,18 +7721,14 @@ def run_doctor(args, screen):
     except FusionError as error:
         what = "backend" if isinstance(error, BackendError) else "config"
         doctor.say("fail", what, "%s; hint: %s" % (error.message, error.hint))
-    failed_lines = [line for line in doctor.lines if line["state"] == "fail"]
-    if args.json:
-        screen.data(json.dumps({"ok": not failed_lines, "checks": doctor.lines}, indent=2))
-    else:
-        rows = [[clean_line(cell) for cell in line.values()] for line in doctor.lines]
-        for line in table(rows):
-            screen.data(line)
-    return 1 if failed_lines else 0
+    if not args.json:
+        screen.data(table([list(map(clean_line, line.values())) for line in doctor.lines]))
+    return report(doctor.lines, args, screen)
 
 
-COMMANDS = {"ask": run_ask, "doctor": run_doctor, "fake": run_fake, "presets": run_presets,
-            "models": run_models, "serve": run_serve, "show": show, "smoke": run_smoke}
+COMMANDS = {"ask": lambda args, screen: ask(args, configured(args), Network(), screen),
+            "doctor": run_doctor, "fake": run_fake, "presets": run_presets, "models": run_models,
+            "serve": run_serve, "show": show, "smoke": run_smoke}
 
 
 def parse(argv):
