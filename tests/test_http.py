@@ -1662,7 +1662,7 @@ def ask_in_parallel(made, count, width=32):
 
 
 @pytest.mark.slow
-def test_three_thousand_requests_with_faults_leave_nothing_behind(serving):
+def test_ten_thousand_requests_with_faults_leave_nothing_behind(serving):
     made = serving(faulty(5), mode="fuse", max_retries=1)
 
     def numbers():
@@ -1675,7 +1675,7 @@ def test_three_thousand_requests_with_faults_leave_nothing_behind(serving):
     good, seen = back_to(before, numbers)
     assert good, seen
     start = memory()
-    assert ask_in_parallel(made, 3000) == []
+    assert ask_in_parallel(made, 10_000) == []
     good, seen = back_to(before, numbers)
     assert good, seen
     assert memory() - start < 30_000_000

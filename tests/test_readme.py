@@ -150,3 +150,15 @@ def test_every_backend_of_the_readme_is_one_variable_away(fusion):
         name, value = re.search(r"export (\w+)=([^`\s]+)", row).groups()
         env = fusion.Env({name: value})
         assert fusion.load_config(None, env).source == preset
+
+
+def test_each_promise_names_a_test_that_exists():
+    names = re.findall(r"`(test_\w+)`", readme())
+    folder = os.path.dirname(os.path.abspath(__file__))
+    source = ""
+    for name in os.listdir(folder):
+        if name.startswith("test_") and name.endswith(".py"):
+            with open(os.path.join(folder, name), encoding="utf-8") as file:
+                source += file.read()
+    assert len(names) > 20
+    assert [name for name in names if "\ndef %s(" % name not in source] == []

@@ -6,6 +6,7 @@ backend; `serve` and `smoke` run as programs.
 
 import contextlib
 import json
+import os
 import re
 import signal
 import socket
@@ -1653,6 +1654,73 @@ def test_serve_says_where_it_is_and_ends_at_sigterm_when_all_is_done(served):
         assert frames.pop() == b"[DONE]"
         assert streamed(map(json.loads, frames))["content"] == "at last"
         assert program.end().code == 0
+
+
+def test_sigterm_delivers_all_that_is_in_flight(served):
+    gate = threading.Event()
+    with Upstream(cast(m1=Reply("at last", delay=gate))) as up:
+        program = served(up)
+        clients = [Client(port_of(program)).request(dict(PASS_THROUGH, stream=bool(number % 2)))
+                   for number in range(20)]
+        assert up.wait_for(lambda: up.in_flight == 20)
+        program.signal(signal.SIGTERM)
+        program.wait_for("20 requests")
+        gate.set()
+        answers = [client.answer() for client in clients]
+        whole, streams = answers[::2], answers[1::2]
+        assert {message(answer)["content"] for answer in whole} == {"at last"}
+        assert {streamed(chunks_of(answer))["content"] for answer in streams} == {"at last"}
+        assert program.end().code == 0
+
+
+@pytest.mark.parametrize("most, refused", [(1000, 0), (30, 40)])
+def test_a_hundred_chats_at_once_are_each_answered_or_told_to_come_back(house, most, refused):
+    """30 run, 30 wait, 40 are told so."""
+    gate = threading.Event()
+    made = house(cast(m1=Reply("a draft", delay=gate)), served={"max_requests": most})
+    clients = [Client(made.port).request({"messages": ASKED}) for _ in range(100)]
+    assert until(lambda: made.front.running + len(made.front.waiting) == 100 - refused)
+    gate.set()
+    answers = [client.answer() for client in clients]
+    told = [answer for answer in answers if answer.status == 503]
+    assert len(told) == refused
+    assert all(int(answer.headers["retry-after"]) >= 2 for answer in told)
+    assert all(message(answer)["content"] == TEXT for answer in answers if answer not in told)
+
+
+def children_of(program):
+    """The process ids of a program's children."""
+    with open("/proc/%d/task/%d/children" % (program.process.pid, program.process.pid)) as file:
+        return list(map(int, file.read().split()))
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="needs Linux's /proc")
+def test_workers_share_the_port_and_one_that_dies_is_replaced(served):
+    with Upstream(cast()) as up:
+        program = served(up, "--workers", "2")
+        port = port_of(program)
+        assert until(lambda: len(children_of(program)) == 2)
+        assert {asked(port, {"messages": ASKED}).status for _ in range(6)} == {200}
+        time.sleep(2.1)  # who dies earlier than that has a fault of its own, and ends them all
+        first = children_of(program)[0]
+        os.kill(first, signal.SIGKILL)
+        program.wait_for("another one starts")
+        assert until(lambda: len(children_of(program)) == 2 and first not in children_of(program))
+        assert {asked(port, {"messages": ASKED}).status for _ in range(6)} == {200}
+        program.signal(signal.SIGTERM)
+        assert program.end().code == 0
+        assert program.text("out").count("http") == 1
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="needs Linux's /proc")
+def test_workers_end_with_their_parent(served):
+    with Upstream(cast()) as up:
+        program = served(up, "--workers", "2")
+        assert asked(port_of(program), path="/health").status == 200
+        workers = children_of(program)
+        program.signal(signal.SIGKILL)
+        assert until(lambda: not any(os.path.exists("/proc/%d/fd" % worker) and
+                                     os.listdir("/proc/%d/fd" % worker) for worker in workers))
 
 
 def test_ctrl_c_ends_serve_with_130(served):
