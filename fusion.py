@@ -7154,6 +7154,8 @@ def run_serve(args, screen):
                                             urlsplit(config.backend.url).port]
     if args.port and args.port in asked:
         raise UsageError("port %d is the backend's" % args.port, "%s serve --port 8001" % PROGRAM)
+    if args.workers == 1:
+        config = found_panel(config, network, screen)  # before this port could answer, too
     listener, lifeline = listen_on(args.host, args.port), None
 
     def begin():
@@ -7164,12 +7166,7 @@ def run_serve(args, screen):
         if code is not None:
             return code
         args.estimate = False
-        config = configured(args)
-    try:
-        config = with_auto_panel(config, network)
-    except BackendError as error:  # it may come up later; every request looks again
-        screen.say("note: %s; hint: %s" % (error.message, error.hint))
-
+        config = found_panel(configured(args), network, screen)
     say = start_log(screen)
 
     def log(fields):
@@ -7194,6 +7191,15 @@ def run_serve(args, screen):
         return attend(Front(server, listener), screen, say, lifeline, begin)
     finally:
         say(None)
+
+
+def found_panel(config, network, screen):
+    """Return the config with the models that the backend lists; if it is down, say so, go on."""
+    try:
+        return with_auto_panel(config, network)
+    except BackendError as error:  # it may come up later: every request looks again
+        screen.say("note: %s; hint: %s" % (error.message, error.hint))
+        return config
 
 
 def start_log(screen):
