@@ -5373,6 +5373,13 @@ def read_openrouter(body, overrides):
     return preset, ignored
 
 
+def estimate_object(plan):
+    """Return planned calls as an object, with the USD of all together, low and high."""
+    low, high = total_of(plan)
+    return {"object": "estimate", "low_usd": low, "high_usd": high,
+            "calls": [item._asdict() for item in plan]}
+
+
 def usage_object(usage):
     """Return a Usage as OpenAI's usage object."""
     return {"prompt_tokens": usage.prompt, "completion_tokens": usage.completion,
@@ -6259,10 +6266,8 @@ class Server:
         plan = estimate(dataclasses.replace(config, mode=mode),
                         *to_estimate(request.messages, params), self.network.price,
                         params.get("n") or 1)
-        low, high = total_of(plan)
-        answer.send(200, {"object": "estimate", "model": request.model, "mode": mode,
-                          "mode_reason": why, "low_usd": low, "high_usd": high,
-                          "calls": [item._asdict() for item in plan]})
+        answer.send(200, dict(estimate_object(plan), model=request.model, mode=mode,
+                              mode_reason=why))
 
     def chat(self, answer):
         request, config, options = self.read(answer)
@@ -6830,8 +6835,7 @@ def say_estimate(args, config, messages, screen):
     plan = [item for item in estimate(config, messages) if item.calls]
     low, high = total_of(plan)
     if args.json:
-        screen.data(json.dumps({"object": "estimate", "low_usd": low, "high_usd": high,
-                                "calls": [item._asdict() for item in plan]}, indent=2))
+        screen.data(json.dumps(estimate_object(plan), indent=2))
         return 0
     rows = [("role", "model", "calls", "low", "high")]
     rows += [(item.role, item.model, str(item.calls), money(item.low), money(item.high))
